@@ -1,0 +1,68 @@
+"""What holds for the project as a whole, and no single notebook can show"""
+import ast
+import re
+import shlex
+import subprocess
+import sys
+from configparser import ConfigParser
+from pathlib import Path
+
+import yaml
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "tformer_lab"
+
+
+def settings():
+    config = ConfigParser(delimiters=["="])
+    config.read(ROOT / "settings.ini", encoding="utf-8")
+    return config["DEFAULT"]
+
+
+def imported_packages(module):
+    tree = ast.parse(module.read_text(encoding="utf-8"))
+    names = [alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names]
+    names += [node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.level == 0]
+    return {name.partition(".")[0] for name in names}
+
+
+def test_importing_the_package_loads_neither_torch_nor_pandas_nor_plotly():
+    code = "import sys, tformer_lab; print(sorted({'torch', 'pandas', 'plotly'} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_only_the_site_builder_imports_nbdev_or_fastcore():
+    guilty = [str(path.relative_to(ROOT)) for path in PACKAGE.rglob("*.py") if imported_packages(path) & {"nbdev", "fastcore", "execnb"}]
+    assert guilty == ["tformer_lab/docs.py"]
+
+
+def test_exported_code_has_no_wildcard_import():
+    assert [str(path) for path in PACKAGE.rglob("*.py") if re.search(r"(?m)^\s*from \S+ import \*", path.read_text(encoding="utf-8"))] == []
+
+
+def test_every_notebook_is_in_the_sidebar_once():
+    def pages(entry):
+        if isinstance(entry, list): return [page for part in entry for page in pages(part)]
+        return pages(entry["contents"]) if isinstance(entry, dict) else [entry]
+
+    config = yaml.safe_load((ROOT / "_quarto.yml").read_text(encoding="utf-8"))
+    written = [path.relative_to(ROOT) for path in (ROOT / "nbs").rglob("*.ipynb")]
+    written = [path.as_posix() for path in written if not any(part[0] in "._" for part in path.parts)]
+    assert sorted(pages(config["website"]["sidebar"]["contents"])) == sorted(written)
+
+
+def test_the_package_and_the_citation_have_the_version_of_the_settings():
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    assert citation["version"] == settings()["version"]
+    assert f'__version__ = "{settings()["version"]}"' in (PACKAGE / "__init__.py").read_text(encoding="utf-8")
+
+
+def test_every_requirement_is_pinned_and_no_pin_names_a_host():
+    lines = [line for line in (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines() if not line.startswith("#")]
+    assert [line for line in lines if not re.fullmatch(r"[\w.-]+==[\w.]+", line)] == []
+    normal = lambda name: re.sub(r"[-_.]+", "-", name).lower()
+    pinned = {normal(line.partition("==")[0]) for line in lines}
+    extras = [settings()[key] for key in ("requirements", "dev_requirements", "docs_requirements", "lab_requirements")]
+    required = {normal(re.match(r"[\w.-]+", need)[0]) for extra in extras for need in shlex.split(extra)}
+    assert required - pinned == set()

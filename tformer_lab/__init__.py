@@ -1,0 +1,15 @@
+"""A laboratory for the spectra of transformer weights. Submodules load when first used; importing this loads none of them."""
+import lazy_loader
+
+__version__ = "0.1.0"
+
+__getattr__, __dir__, __all__ = lazy_loader.attach(
+    __name__,
+    submodules=["dashboards", "data", "models", "runs", "spectra", "tasks", "training"],
+    submod_attrs={
+        "runs.recorder": ["SpectrumRecorder"],
+        "runs.store": ["Run", "list_runs"],
+        "spectra.history": ["SpectrumHistory"],
+        "training.fit": ["fit"],
+    },
+)
