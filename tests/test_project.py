@@ -41,6 +41,11 @@ def test_exported_code_has_no_wildcard_import():
     assert [str(path) for path in PACKAGE.rglob("*.py") if re.search(r"(?m)^\s*from \S+ import \*", path.read_text(encoding="utf-8"))] == []
 
 
+def test_every_module_has_a_notebook_in_the_same_place():
+    modules = [path.relative_to(PACKAGE) for path in PACKAGE.rglob("*.py") if not path.name.startswith("_")]
+    assert [str(path) for path in modules if not (ROOT / "nbs" / path).with_suffix(".ipynb").is_file()] == []
+
+
 def test_every_notebook_is_in_the_sidebar_once():
     def pages(entry):
         if isinstance(entry, list): return [page for part in entry for page in pages(part)]

@@ -5,6 +5,7 @@
 # %% ../nbs/docs.ipynb #b2702898
 from __future__ import annotations
 
+import ast
 import difflib
 import json
 import os
@@ -34,9 +35,9 @@ except ImportError as error:
     raise ImportError("the site is built with an extra: pip install 'tformer_lab[docs]'") from error
 
 # %% auto #0
-__all__ = ['PLOTLY', 'FIGURE', 'TITLE', 'WIDGET', 'SITE', 'KATEX', 'KATEX_FILES', 'CODE', 'LINK', 'ELSEWHERE', 'HIDDEN',
-           'figure_html', 'way_up', 'plotly_html', 'assets', 'notebook_faults', 'notebooks', 'sidebar',
-           'project_faults', 'sort_signatures', 'process', 'filtered', 'nbfilter', 'SiteError', 'stage',
+__all__ = ['PLOTLY', 'FIGURE', 'TITLE', 'EXPORT', 'WIDGET', 'SITE', 'KATEX', 'KATEX_FILES', 'CODE', 'LINK', 'ELSEWHERE', 'HIDDEN',
+           'figure_html', 'way_up', 'plotly_html', 'assets', 'does_more_than_import', 'notebook_faults', 'notebooks',
+           'sidebar', 'project_faults', 'sort_signatures', 'process', 'filtered', 'nbfilter', 'SiteError', 'stage',
            'run_without_warnings', 'render_smalldocs', 'render_quarto', 'add_home', 'ids', 'anchor', 'localize_names',
            'fetch_katex', 'localize_katex', 'Links', 'broken_links', 'build', 'docs', 'relink', 'readme_cell',
            'readme_text', 'update_readme', 'readme']
@@ -67,6 +68,7 @@ def way_up(
     parents = Path(notebook).resolve().parents
     return "../" * next(i for i, folder in enumerate(parents) if (folder / "_quarto.yml").is_file())
 
+# %% ../nbs/docs.ipynb #aba31c24
 class plotly_html(Processor):
     "Give saved plotly figures an HTML form that needs no network"
     def begin(self): self.figures = 0
@@ -91,7 +93,18 @@ def assets():
     (folder / "plotly.min.js").write_text(get_plotlyjs(), encoding="utf-8")
 
 # %% ../nbs/docs.ipynb #07260575
-TITLE = re.compile(r"# [^\n]+\n+> [^\n]+\s*")
+def does_more_than_import(
+    source:str, # Python; a cell with magics counts as none
+) -> bool:
+    "Whether code has an import, anywhere, and an expression or assignment"
+    try: nodes = list(ast.walk(ast.parse(source)))
+    except SyntaxError: return False
+    imports, others = ([n for n in nodes if isinstance(n, kinds)] for kinds in ((ast.Import, ast.ImportFrom), (ast.Expr, ast.Assign)))
+    return bool(imports and others)
+
+# %% ../nbs/docs.ipynb #f369dc60
+TITLE = re.compile(r"# [^\n]+\n+> [^\n]+(\n+- [\w-]+: [^\n]+)*\s*")
+EXPORT = re.compile(r"(?m)^#\|\s*exporti?\b")
 WIDGET = "application/vnd.jupyter.widget-view+json"
 
 def notebook_faults(
@@ -99,15 +112,19 @@ def notebook_faults(
 ) -> list[str]: # What the page would lack
     "What keeps a notebook from becoming a whole page"
     text = next(("".join(cell["source"]) for cell in nb["cells"] if cell["cell_type"] == "markdown"), "")
+    code = ["".join(cell["source"]) for cell in nb["cells"] if cell["cell_type"] == "code"]
     outputs = [output for cell in nb["cells"] for output in cell.get("outputs", [])]
     faults = []
     if not TITLE.fullmatch(text):
-        faults.append("the first text has to be a title, `# …`, and one line `> …`, and nothing else: the rest would not be shown")
+        faults.append("the first text has to be a title, `# …`, one line `> …`, options `- key: value`, and nothing else: the rest would not be shown")
     if any(WIDGET in output.get("data", {}) for output in outputs):
         faults.append("a widget is saved in an output and would not be shown: save a plain figure")
+    if any(EXPORT.search(source) for source in code):
+        faults += [f"put the import into a cell of its own, here: {source.splitlines()[0]}" for source in code
+                   if not EXPORT.search(source) and "eval: false" not in source and does_more_than_import(source)]
     return faults
 
-# %% ../nbs/docs.ipynb #b05359bc
+# %% ../nbs/docs.ipynb #3cc8f5f3
 def notebooks(
     root:Path, # The top of a project
     folder:str="nbs",
@@ -124,6 +141,7 @@ def sidebar(
     if isinstance(entry, dict): return sidebar([entry.get("href"), entry.get("contents")])
     return [entry] if entry else []
 
+# %% ../nbs/docs.ipynb #4967e2cd
 def project_faults(
     root:Path, # The top of a project
 ) -> list[str]: # Sorted by notebook
@@ -155,7 +173,7 @@ def process(
     "Turn a notebook into what a renderer reads"
     source = "\n".join(cell.source for cell in nb.cells if cell.cell_type == "code")
     for cell in nb.cells:
-        if re.search(r"(?m)^#\|\s*export", cell.source): cell.set_source(cell.source.replace("if TYPE_CHECKING:", "if True:"))
+        if EXPORT.search(cell.source): cell.set_source(cell.source.replace("if TYPE_CHECKING:", "if True:"))
     before = os.environ.get("IN_TEST")
     os.environ["IN_TEST"] = "1"  # with this a cell that exports the notebooks does nothing
     try: FilterDefaults()(nb)
@@ -199,7 +217,8 @@ def stage(
     for path in notebooks(root, folder):
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always", UserWarning)
-            write_nb(process(read_nb(root / path)), staged / path)
+            try: write_nb(process(read_nb(root / path)), staged / path)
+            except Exception as error: faults.append(f"{path}: {error}\n{error.__cause__ or ''}".rstrip())
         faults += [f"{path}: {warning.message}" for warning in caught]
     config = yaml.safe_load((root / "_quarto.yml").read_text(encoding="utf-8"))
     config.pop("ipynb-filters", None)
@@ -262,6 +281,7 @@ def anchor(
     beginnings = (".".join(parts[:n]) for n in range(len(parts), 0, -1))
     return next((f"#{name}" for name in beginnings if name in known), "")
 
+# %% ../nbs/docs.ipynb #515c7ff0
 def localize_names(
     site:Path, # A rendered site; its pages are changed
     address:str, # What nbdev's links begin with
@@ -414,6 +434,7 @@ def readme_cell(
         elif text and PLOTLY not in data and output.get("name") != "stderr": paragraphs.append(f"```\n{text}\n```")
     return paragraphs
 
+# %% ../nbs/docs.ipynb #8019531a
 def readme_text(
     root:Path, # The top of a project
     notebook:str="nbs/index.ipynb",
@@ -422,8 +443,8 @@ def readme_text(
     folder = posixpath.dirname(notebook)
     cells = read_nb(root / notebook).cells
     text = "\n\n".join(paragraph for cell in cells for paragraph in readme_cell(cell, folder)) + "\n"
-    targets = {found[1].partition("#")[0] for part in CODE.split(text)[::2] for found in LINK.findall(part) if not ELSEWHERE.match(found[1])}
-    if lost := sorted(target for target in targets if not (root / target).exists()):
+    links = {target for part in CODE.split(text)[::2] for _, target in LINK.findall(part) if not ELSEWHERE.match(target)}
+    if lost := sorted(link for link in links if not (root / link.partition("#")[0]).exists()):
         raise SiteError("\n".join(f"{notebook}: link to {target}, which does not exist" for target in lost))
     return text
 

@@ -70,8 +70,6 @@ class SpectrumRecorder:
         "Record the spectra, and the weights where those are kept, whatever step it is"
         self._writer.save_spectra(record(self.model, step))
         if self.weights: self._writer.save_weights(step, self.model.state_dict())
-        self._writer.step = step
-        self._writer.say("running")
 
     def _go_back(self, step):
         self._cut = False

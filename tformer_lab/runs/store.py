@@ -29,9 +29,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 # %% auto #0
-__all__ = ['RunError', 'write_atomically', 'default_runs_dir', 'check_name', 'unique_name', 'environment', 'MetricsFile',
-           'step_file', 'step_files', 'read_safetensors', 'Checkpoints', 'is_locked', 'now', 'Run', 'RunWriter',
-           'read_state', 'list_runs']
+__all__ = ['RunError', 'write_atomically', 'project_top', 'default_runs_dir', 'shown', 'check_name', 'unique_name', 'environment',
+           'MetricsFile', 'step_file', 'step_files', 'read_safetensors', 'Checkpoints', 'is_locked', 'now', 'Run',
+           'RunWriter', 'read_state', 'list_runs']
 
 # %% ../../nbs/runs/store.ipynb #d26d6545
 class RunError(ValueError):
@@ -55,12 +55,20 @@ def write_atomically(
         finally: os.close(folder)
 
 # %% ../../nbs/runs/store.ipynb #04b1a6c1
-def default_runs_dir() -> Path:
-    "`TFORMER_RUNS`, or `runs` at the top of the project around the working directory"
-    if given := os.environ.get("TFORMER_RUNS"): return Path(given)
+def project_top() -> Path:
+    "The top of the project around the working directory, or the working directory"
     here = Path.cwd()
     tops = (p for p in (here, *here.parents) if any((p / mark).exists() for mark in ("settings.ini", "pyproject.toml", ".git")))
-    return next(tops, here) / "runs"
+    return next(tops, here)
+
+def default_runs_dir() -> Path:
+    "`TFORMER_RUNS`, or `runs` at the top of the project"
+    return Path(os.environ.get("TFORMER_RUNS") or project_top() / "runs")
+
+def shown(path:Path) -> str:
+    "A path as it is told to a person: from the top of the project, where it is inside"
+    path, top = Path(path).absolute(), project_top()
+    return str(path.relative_to(top) if path.is_relative_to(top) else path)
 
 # %% ../../nbs/runs/store.ipynb #9d9ab442
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._=+-]{0,199}")
@@ -260,7 +268,7 @@ class Run:
                 self._spectra[step] = stamp, None
         return SpectrumHistory((r for _, r in self._spectra.values() if r is not None), run=self.name)
 
-    def __repr__(self): return f"Run({str(self.path)!r}, {self.status})"
+    def __repr__(self): return f"Run({shown(self.path)!r}, {self.status})"
 
 # %% ../../nbs/runs/store.ipynb #8f6e8dcc
 class RunWriter:
@@ -291,6 +299,7 @@ class RunWriter:
     def save_spectra(self, spectra:SpectrumRecord) -> None:
         "Write the spectra of a step"
         import safetensors.numpy
+        self.step = spectra.step
         write_atomically(self.run.path / "spectra" / step_file(spectra.step), safetensors.numpy.save(*pack(spectra)))
 
     def save_weights(self,
@@ -311,7 +320,6 @@ class RunWriter:
         buffer = io.BytesIO()
         torch.save({**state, "metrics_bytes": self._file.seek(0, os.SEEK_END)}, buffer)
         write_atomically(self.run.path / "state.pt", buffer.getvalue())
-        self.say("running")
 
     def load_state(self) -> dict[str, Any]|None: # None when none was saved; metrics.jsonl is cut to what it was then
         "Read what resuming needs, and go back to that point"

@@ -27,7 +27,7 @@ def binary_entropy(
     p:float, # In [0, 1]
 ) -> float: # In nats
     "Entropy of a coin"
-    return -sum(q * math.log(q) for q in (p, 1 - p) if q > 0)
+    return sum(-q * math.log(q) for q in (p, 1 - p) if q > 0)
 
 # %% ../../nbs/tasks/recall.ipynb #ea0e40ee
 def expected_cross_entropy(

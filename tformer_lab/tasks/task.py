@@ -70,5 +70,5 @@ def task_class(
     if isinstance(found, type): return found
     if re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*", str(found)): return _import(found)
     near = get_close_matches(str(name), TASKS, 1)
-    raise LookupError(f"there is no task {name!r}" + (f"; did you mean {near[0]!r}?" if near else "")
+    raise LookupError(f"there is no task {name!r}" + (f"; did you mean {near[0]!r}?" if near else ".")
                       + f" There are {', '.join(sorted(TASKS))}, or package.module:Class for one of your own")

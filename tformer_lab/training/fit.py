@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -22,16 +22,16 @@ from accelerate.utils import gather_object
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from ..runs.store import Run, RunError, RunWriter, default_runs_dir, read_state, unique_name
+from ..runs.store import Run, RunError, RunWriter, default_runs_dir, read_state, shown, unique_name
 from ..spectra.history import record
 from ..spectra.matrices import weight_matrices
 from ..tasks.task import Task, task_class
 from .optimizers import make_optimizer
-from .parameters import ParameterError, Trainer, build, trainer_for
+from .parameters import ParameterError, Trainer, build, check_names, field_names, resolve, trainer_for
 
 # %% auto #0
 __all__ = ['log_spaced', 'spaced', 'map_batch', 'Batches', 'StopRequest', 'MetricsLog', 'make_accelerator', 'default_threads',
-           'Session', 'Loop', 'label', 'describe', 'announce', 'check_same', 'fit', 'resumed']
+           'Session', 'Loop', 'label', 'describe', 'announce', 'check_same', 'fit', 'resumed', 'Job', 'prepare']
 
 # %% ../../nbs/training/fit.ipynb #9e989a88
 def log_spaced(
@@ -269,27 +269,34 @@ class Loop:
         if self.writer is None: return
         self.writer.log(rows)
         if rows:
-            self.bar.n = rows[-1]["step"]
-            self.bar.set_postfix_str(f"train/loss {rows[-1]['train/loss']:.4g}")
+            self.bar.set_postfix_str(f"train/loss {rows[-1]['train/loss']:.4g}", refresh=False)
+            self.bar.update(rows[-1]["step"] - self.bar.n)
+
+    def record(self, step:int) -> None:
+        "Spectra, and the weights where they are kept"
+        if self.writer is None: return
+        self.writer.save_spectra(record(self.session.bare, step))
+        if self.trainer.keep_weights: self.writer.save_weights(step, self.session.bare.state_dict())
 
     def save(self, step:int) -> None:
-        "Everything that was recorded so far, and the state to go on from"
+        "The state to go on from, after all that was recorded so far"
         self.log.flush()
         state = {"step": step, **self.session.state()}
         self._saved = time.monotonic()
-        if self.writer is None: return
-        if step in self.recorded:
-            self.writer.save_spectra(record(self.session.bare, step))
-            if self.trainer.keep_weights: self.writer.save_weights(step, self.session.bare.state_dict())
-        self.writer.save_state(state)
+        if self.writer is not None: self.writer.save_state(state)
+
+    def _is_late(self, step):
+        "Is it time for another state? At a checkpoint after a second, else after `save_minutes`"
+        seconds = time.monotonic() - self._saved
+        return step == self.trainer.steps or self.session.anyone(seconds > (min(1, 60 * self.trainer.save_minutes) if step in self.recorded else 60 * self.trainer.save_minutes))
 
     def run(self, start:int) -> str|None: # Why it stopped before the end
         "Train from a step to the last"
         last = self.trainer.steps
         for step in range(start, last + 1):
             stopping = self.session.anyone(self.stop.reason is not None)
-            late = self.session.anyone(time.monotonic() - self._saved > 60 * self.trainer.save_minutes)
-            if step in self.recorded or stopping or late: self.save(step)
+            if step in self.recorded: self.record(step)
+            if self._is_late(step) or stopping: self.save(step)
             if stopping: return self.stop.reason or "another process was stopped"
             metrics = self.session.evaluate() if step in self.evaluated else {}
             with torch.set_grad_enabled(step < last): loss = self.session.loss(step)
@@ -317,7 +324,7 @@ def announce(session:Session, path:Path) -> str:
     count = len(spaced(session.trainer.steps, session.trainer.checkpoints, session.trainer.spacing))
     spectra = 8 * count * sum(min(m.shape) for m in weight_matrices(session.bare).values())
     weights = count * sum(t.numel() * t.element_size() for t in session.bare.state_dict().values()) if session.trainer.keep_weights else 0
-    return f"{count} checkpoints: {spectra / 1e6:.1f} MB of spectra, {weights / 1e6:.1f} MB of weights, in {path}"
+    return f"{count} checkpoints: {spectra / 1e6:.1f} MB of spectra, {weights / 1e6:.1f} MB of weights, in {shown(path)}"
 
 # %% ../../nbs/training/fit.ipynb #8fb2ac3a
 _FREE = {"time_limit", "save_minutes"}  # what may change when a run is resumed
@@ -351,7 +358,7 @@ def fit(
     with torch.random.fork_rng(), StopRequest(trainer.time_limit) as stop:
         try: run, reason = _fit(Session(task, trainer), stop, runs_dir, resume, progress)
         finally: torch.set_num_threads(threads)
-    if reason == "SIGINT": raise KeyboardInterrupt(f"stopped; {run.path} can be resumed")
+    if reason == "SIGINT": raise KeyboardInterrupt(f"stopped; {shown(run.path)} can be resumed")
     return run
 
 def _fit(session, stop, runs_dir, resume, progress):
@@ -362,7 +369,7 @@ def _fit(session, stop, runs_dir, resume, progress):
         reason = _go_on(session, writer, stop, resume, progress)
         if reason:
             writer.close("stopped", reason)
-            if progress: print(f"stopped by {reason} at step {writer.step}; {run.path} can be resumed")
+            if progress: print(f"stopped by {reason} at step {writer.step}; {shown(run.path)} can be resumed")
     return run, reason
 
 def _go_on(session, writer, stop, resume, progress):
@@ -382,7 +389,7 @@ def _state(session, writer, run):
 def resumed(
     run:Run,
     task:type|None=None, # The class of a task that is not registered
-    **given, # time_limit or save_minutes, where they should change
+    **given, # Parameters to change; `fit` accepts time_limit and save_minutes only
 ) -> tuple[Task, Trainer]: # For fit(task, trainer, resume=run)
     "The task and the trainer that a run was begun with"
     config = run.config
@@ -390,4 +397,27 @@ def resumed(
         if ":" in str(config.get("task")): raise RunError(f"{run.path}: {config['task']} is no registered task; hand its class over")
         try: task = task_class(config.get("task"))
         except LookupError as error: raise RunError(f"{run.path}: {error}") from error
-    return build(task, config.get("parameters") or {}), build(Trainer, {**(config.get("trainer") or {}), **given})
+    check_names(given, field_names(task) | field_names(Trainer))
+    own = {kind: {name: value for name, value in given.items() if name in field_names(kind)} for kind in (task, Trainer)}
+    return build(task, {**(config.get("parameters") or {}), **own[task]}), build(Trainer, {**(config.get("trainer") or {}), **own[Trainer]})
+
+# %% ../../nbs/training/fit.ipynb #bfbfc2c0
+class Job(NamedTuple):
+    "What `fit` needs"
+    task:Task
+    trainer:Trainer
+    resume:Run|None=None # The run to go on with
+
+def prepare(
+    given:Mapping[str, Any], # A notebook's parameters by name: task, runs_dir, resume, and fields of the task and of Trainer
+) -> Job: # Raises ParameterError or RunError
+    "Check a notebook's parameters before anything is written"
+    for name in ("runs_dir", "resume"):
+        if not isinstance(given.get(name), str | Path | None): raise ParameterError(f"{name} = {given[name]!r}: it should be the path of a folder")
+    if given.get("resume") is None: return Job(*resolve(given, others={"runs_dir", "resume"}))
+    run, name = Run(given["resume"]), given.get("task")
+    own = task_class(name) if ":" in str(name) else None
+    rest = {name: value for name, value in given.items() if value is not None and name not in {"task", "runs_dir", "resume"}}
+    task, trainer = resumed(run, own, **rest)
+    check_same(run, task, trainer)
+    return Job(task, trainer, run)

@@ -119,9 +119,13 @@ class NotebookParameters:
     "Which names a notebook's parameters cell, and papermill after it, have set"
     def __init__(self,
         namespace:dict[str, Any], # The notebook's globals()
-    ): self._namespace, self._before = namespace, dict(namespace)
+    ): self._namespace, self._before, self._names = namespace, dict(namespace), None
 
     def given(self) -> dict[str, Any]: # By name
         "The parameters, whether right or wrong"
-        new = {name: value for name, value in self._namespace.items() if name not in self._before or self._before[name] is not value}
-        return {name: value for name, value in new.items() if not name.startswith("_") and value is not self and not isinstance(value, ModuleType)}
+        if self._names is None: self._names = [name for name, value in self._namespace.items() if self._is_new(name, value)]
+        return {name: self._namespace[name] for name in self._names}
+
+    def _is_new(self, name, value):
+        changed = name not in self._before or self._before[name] is not value
+        return changed and not name.startswith("_") and value is not self and not isinstance(value, ModuleType)

@@ -1,0 +1,86 @@
+"""What several tests share: small runs, a browser, and a JupyterLab to point it at."""
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+TOP = Path(__file__).parent.parent
+CHROMIUM_ARGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
+                 "--disable-component-update", "--disable-sync"]
+
+
+@pytest.fixture(scope="session")
+def small_run(tmp_path_factory):
+    """A short training of every matrix of the default model, with 13 checkpoints."""
+    from tformer_lab.tasks.recall import Recall
+    from tformer_lab.training.fit import fit
+    return fit(Recall(length=48), runs_dir=tmp_path_factory.mktemp("small") / "runs", steps=200, batch_size=64, checkpoints=12, progress=False)
+
+
+@pytest.fixture(scope="session")
+def chromium():
+    """A headless Chromium; on a machine without one the test is skipped, in CI it fails."""
+    path = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    if path is None:
+        if os.environ.get("CI"): pytest.fail("CI has to have a browser: apt-get install chromium")
+        pytest.skip("no Chromium on this machine: the browser tests are skipped")
+    from playwright.sync_api import sync_playwright
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=path, args=CHROMIUM_ARGS)
+        yield browser
+        browser.close()
+
+
+class Lab:
+    """A JupyterLab over a copy of the notebooks, with settings that keep its own news out of the way."""
+    def __init__(self, folder, runs):
+        self.folder = folder
+        shutil.copytree(TOP / "nbs", folder / "nbs", ignore=shutil.ignore_patterns(".ipynb_checkpoints"))
+        settings = folder / "settings/@jupyterlab/apputils-extension"
+        settings.mkdir(parents=True)
+        (settings / "notification.jupyterlab-settings").write_text(json.dumps({"fetchNews": "false", "checkForUpdates": False}))
+        env = {**os.environ, "TFORMER_RUNS": str(runs), "JUPYTERLAB_SETTINGS_DIR": str(folder / "settings"), "JUPYTER_CONFIG_DIR": str(folder / "config"),
+               "JUPYTERLAB_WORKSPACES_DIR": str(folder / "workspaces"), "JUPYTER_RUNTIME_DIR": str(folder / "runtime"), "IPYTHONDIR": str(folder / "ipython")}
+        self.log = open(folder / "lab.log", "w+")
+        root = ["--allow-root"] if hasattr(os, "geteuid") and os.geteuid() == 0 else []
+        self.process = subprocess.Popen([sys.executable, "-m", "jupyter", "lab", "--no-browser", "--ip=127.0.0.1", "--port=0", "--IdentityProvider.token=test",
+                                         "--ServerApp.password=", *root], cwd=folder, env=env, stdout=self.log, stderr=subprocess.STDOUT)
+        self.url = self._wait_for_url()
+
+    def _wait_for_url(self):
+        for _ in range(300):
+            time.sleep(.2)
+            found = re.search(r"http://127\.0\.0\.1:\d+", Path(self.log.name).read_text())
+            if found: return found[0]
+            if self.process.poll() is not None: break
+        raise RuntimeError("JupyterLab did not start:\n" + Path(self.log.name).read_text())
+
+    def open(self, browser, notebook, width=1400, height=1000, dark=False):
+        """Open a notebook and run all its cells."""
+        page = browser.new_page(viewport={"width": width, "height": height}, color_scheme="dark" if dark else "light")
+        page.goto(f"{self.url}/lab/tree/nbs/{notebook}?reset&token=test")
+        page.wait_for_selector(".jp-Notebook .jp-Cell", timeout=60_000)
+        page.wait_for_function("document.querySelector('#jp-main-statusbar')?.innerText.includes('| Idle')", timeout=60_000)  # earlier, a run asks for a kernel
+        page.get_by_role("menuitem", name="Run", exact=True).click()
+        page.get_by_role("menuitem", name="Run All Cells", exact=True).click()
+        return page
+
+    def close(self):
+        self.process.terminate()
+        try: self.process.wait(20)
+        except subprocess.TimeoutExpired: self.process.kill()
+        self.log.close()
+
+
+@pytest.fixture(scope="module")
+def lab(small_run, tmp_path_factory):
+    """JupyterLab over the notebooks and the small run."""
+    lab = Lab(tmp_path_factory.mktemp("lab"), small_run.path.parent)
+    yield lab
+    lab.close()
