@@ -1,5 +1,6 @@
-"""What several tests share: small runs, a browser, and a JupyterLab to point it at."""
+"""What several tests share: small runs, processes to end, a browser, and a JupyterLab to point it at."""
 import json
+import multiprocessing
 import os
 import re
 import shutil
@@ -21,6 +22,14 @@ def small_run(tmp_path_factory):
     from tformer_lab.tasks.recall import Recall
     from tformer_lab.training.fit import fit
     return fit(Recall(length=48), runs_dir=tmp_path_factory.mktemp("small") / "runs", steps=200, batch_size=64, checkpoints=12, progress=False)
+
+
+@pytest.fixture(scope="session")
+def processes():
+    """A multiprocessing context for real processes that start in a moment: they are forked from one that has loaded the library."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tformer_lab.training.fit", "tformer_lab.tasks.recall", "pandas", "torch._dynamo"])  # optimizers import the last
+    return context
 
 
 @pytest.fixture(scope="session")

@@ -79,8 +79,9 @@ def drawn_ranks(
 ) -> int: # At least 8, where there are as many
     "Ranks that are worth drawing: up to the last that is not zero at some checkpoint"
     nonzero = np.flatnonzero(np.isfinite(visible(s, True)).any(axis=0))
-    return min(s.shape[1], max(8, nonzero[-1] + 1 if nonzero.size else 0))
+    return min(s.shape[1], max(8, int(nonzero[-1]) + 1 if nonzero.size else 0))
 
+# %% ../../nbs/dashboards/figures.ipynb #aa952772
 def value_range(
     s:np.ndarray, # [checkpoints, rank] singular values
     log:bool,
@@ -163,6 +164,7 @@ def optimum_trace(
     return go.Scatter(x=[low, high], y=[optimum["value"]] * 2, mode="lines", name=text, hovertemplate=text + "<extra></extra>",
                       line={"color": COLORS["optimum"], "width": 2, "dash": _DASH.get(optimum.get("kind", "exact"), "dot")})
 
+# %% ../../nbs/dashboards/figures.ipynb #bfdd03ac
 def curve_trace(
     steps:Sequence[int],
     values:Sequence[float],
@@ -175,6 +177,7 @@ def curve_trace(
     return go.Scatter(x=axis.position(steps[kept]).astype(np.float32), y=values[kept].astype(np.float32), mode="lines" if kept.sum() > 1 else "markers", name=name,
                       customdata=steps[kept].astype(np.int32), hovertemplate="step %{customdata}: %{y:.4g}<extra>" + name + "</extra>", line={"color": COLORS["now"], "width": 1.5})
 
+# %% ../../nbs/dashboards/figures.ipynb #73f1ebf5
 def curve_range(
     values:Sequence[float],
 ) -> list[float]: # From 0, or below where there are values, with a margin
@@ -184,6 +187,7 @@ def curve_range(
     margin = .04 * (values.max() - values.min()) or .5
     return [float(values.min() - margin), float(values.max() + margin)]
 
+# %% ../../nbs/dashboards/figures.ipynb #17ba3ebf
 def curve_figure(
     steps:Sequence[int], # [records]
     values:Sequence[float], # [records], NaN where it was not recorded

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from .store import MetricsFile, Run, RunError, RunWriter
+from .store import MetricsFile, Run, RunError, RunWriter, step_files
 from ..spectra.history import record
 
 # %% auto #0
@@ -68,6 +68,7 @@ class SpectrumRecorder:
         step:int, # Updates done before
     ) -> None:
         "Record the spectra, and the weights where those are kept, whatever step it is"
+        if self._cut: self._go_back(step)
         self._writer.save_spectra(record(self.model, step))
         if self.weights: self._writer.save_weights(step, self.model.state_dict())
 
@@ -76,6 +77,8 @@ class SpectrumRecorder:
         lines = (self.run.path / "metrics.jsonl").read_bytes().splitlines(keepends=True)
         rows = MetricsFile(self.run.path / "metrics.jsonl").rows()
         self._writer.cut(sum(len(line) for line, row in zip(lines, rows) if row["step"] < step))
+        for later, path in (item for folder in ("spectra", "checkpoints") for item in step_files(self.run.path / folder).items()):
+            if later >= step: path.unlink()
 
     def close(self,
         error:str|None=None, # Why it failed

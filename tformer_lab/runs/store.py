@@ -13,6 +13,7 @@ import re
 import secrets
 import subprocess
 import warnings
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from datetime import datetime, timezone
 from importlib.metadata import version
@@ -36,6 +37,7 @@ __all__ = ['RunError', 'write_atomically', 'project_top', 'default_runs_dir', 's
 # %% ../../nbs/runs/store.ipynb #d26d6545
 class RunError(ValueError):
     "A run's folder, or a file in it, is not what it has to be"
+    def _render_traceback_(self): return [f"RunError: {self}"]  # what IPython shows
 
 def write_atomically(
     path:Path, # Appears whole, or stays what it was
@@ -44,11 +46,15 @@ def write_atomically(
     "Write beside the file, flush to disk, rename"
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with open(beside, "wb") as f:
-        f.write(data)
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(beside, path)
+    try:
+        with open(beside, "wb") as f:
+            f.write(data)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(beside, path)
+    except OSError:  # a full disk, say: room is needed to tell of it
+        beside.unlink(missing_ok=True)
+        raise
     if os.name == "posix":  # the rename is on disk only once the folder is
         folder = os.open(path.parent, os.O_RDONLY)
         try: os.fsync(folder)
@@ -164,7 +170,9 @@ class Checkpoints(Mapping):
         "The weights at a step"
         path = self.folder / step_file(int(step))
         if not path.exists(): raise KeyError(f"no weights of step {step}; there are those of {list(self)}")
-        return read_safetensors(path, "pt")[0]
+        weights, about = read_safetensors(path, "pt")
+        if about.get("step", str(step)) != str(step): raise RunError(f"{path}: it holds the weights of step {about['step']}")
+        return weights
     def __repr__(self): return f"Checkpoints(steps {list(self)})"
 
 # %% ../../nbs/runs/store.ipynb #e27dd7c2
@@ -222,10 +230,17 @@ class Run:
     @property
     def status_details(self) -> dict[str, Any]: # "status", and where there: "step", "error", "started", "updated"
         "What the run last said of itself; interrupted, where the process that said it is gone"
+        said = self._said()
+        if said["status"] == "running" and not is_locked(self.path):
+            said = self._said()  # anew: it may have come to its end in between
+            if said["status"] == "running": said["status"] = "interrupted"
+        return said
+
+    def _said(self):
         try: said = json.loads((self.path / "status.json").read_text())
         except FileNotFoundError: return {"status": "new"}
         except ValueError as error: raise RunError(f"{self.path / 'status.json'} is no JSON: {error}") from error
-        if said.get("status") == "running" and not is_locked(self.path): said["status"] = "interrupted"
+        if not isinstance(said, dict) or not isinstance(said.get("status"), str): raise RunError(f"{self.path / 'status.json'} holds no status")
         return said
 
     @property
@@ -259,16 +274,32 @@ class Run:
     @property
     def spectra(self) -> SpectrumHistory:
         "The spectra at all steps; a file that cannot be read is left out with a warning"
+        found = []
         for step, path in step_files(self.path / "spectra").items():
+            if (r := self._read_again(step, path)) is not None: found.append(r)
+        foreign = _of_another_model(found)
+        for step in foreign: warnings.warn(f"left out: {self.path / 'spectra' / step_file(step)}: its matrices have other shapes", stacklevel=2)
+        return SpectrumHistory((r for r in found if r.step not in foreign), run=self.name)
+
+    def _read_again(self, step, path):
+        "The spectra in a file, which is opened only when it is new or has changed"
+        try:
             stat = path.stat()
-            if self._spectra.get(step, [None])[0] == (stamp := (stat.st_mtime_ns, stat.st_size)): continue
-            try: self._spectra[step] = stamp, self.spectra_at(step)
-            except RunError as error:
-                warnings.warn(f"left out: {error}", stacklevel=2)
-                self._spectra[step] = stamp, None
-        return SpectrumHistory((r for _, r in self._spectra.values() if r is not None), run=self.name)
+            stamp = stat.st_mtime_ns, stat.st_size
+            if self._spectra.get(step, [None])[0] != stamp: self._spectra[step] = stamp, self.spectra_at(step)
+        except (FileNotFoundError, KeyError): return None  # removed a moment ago, by a recorder that goes on from an earlier step
+        except RunError as error:
+            warnings.warn(f"left out: {error}", stacklevel=3)
+            self._spectra[step] = stamp, None
+        return self._spectra[step][1]
 
     def __repr__(self): return f"Run({shown(self.path)!r}, {self.status})"
+
+def _of_another_model(records):
+    "The steps at which a matrix has another shape than at most"
+    votes = Counter(item for r in records for item in r.shapes.items())
+    usual = dict(sorted(votes, key=votes.get))  # of each matrix the shape with the most votes comes last, and stays
+    return [r.step for r in records if any(usual[name] != shape for name, shape in r.shapes.items())]
 
 # %% ../../nbs/runs/store.ipynb #8f6e8dcc
 class RunWriter:
@@ -293,7 +324,8 @@ class RunWriter:
         rows:list[Mapping[str, float]], # Each with an integer "step"
     ) -> None:
         "Append records to metrics.jsonl"
-        self._file.write("".join(json.dumps(row) + "\n" for row in rows).encode())
+        data = "".join(json.dumps(row) + "\n" for row in rows).encode()
+        while data: data = data[self._file.write(data):]  # a disk that fills up takes a part, and then refuses the rest
         if rows: self.step = rows[-1]["step"]
 
     def save_spectra(self, spectra:SpectrumRecord) -> None:
@@ -321,15 +353,8 @@ class RunWriter:
         torch.save({**state, "metrics_bytes": self._file.seek(0, os.SEEK_END)}, buffer)
         write_atomically(self.run.path / "state.pt", buffer.getvalue())
 
-    def load_state(self) -> dict[str, Any]|None: # None when none was saved; metrics.jsonl is cut to what it was then
-        "Read what resuming needs, and go back to that point"
-        state = read_state(self.run.path)
-        if state is None: self.cut(0)
-        else: self.cut(state["metrics_bytes"])
-        return state
-
     def cut(self, length:int) -> None:
-        "Shorten metrics.jsonl to a length in bytes that it has reached"
+        "Shorten metrics.jsonl to a length in bytes that it has reached: that of a state which is gone on from"
         size = self._file.seek(0, os.SEEK_END)
         if not 0 <= length <= size: raise RunError(f"{self.run.path}: state.pt was saved with {length} bytes of metrics, of which {size} are there")
         self._file.truncate(length)

@@ -239,6 +239,7 @@ class Session:
 
     def restore(self, state:Mapping[str, Any]) -> None:
         "Go on from a saved state"
+        if len(state["random"]) != self.processes: raise ValueError(f"it was saved by {len(state['random'])} processes, and this is one of {self.processes}")
         self.bare.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.batches.restore(state["batches"])
@@ -309,9 +310,13 @@ class Loop:
 def label(task:Task, trainer:Trainer) -> str: # "recall-origin-softmax-FA-lr0.5-seed0"
     "What a training is, in a few words"
     own = getattr(task, "label", None)
-    if own is None: own = "-".join(f"{f.name}{getattr(task, f.name)}" for f in fields(task) if getattr(task, f.name) != getattr(type(task)(), f.name))
+    if own is None: own = "-".join(f"{f.name}{getattr(task, f.name)}" for f in fields(task) if getattr(task, f.name) != getattr(_defaults(type(task)), f.name, None))
     finite = [f"samples{trainer.samples}"] if trainer.samples else []
     return "-".join(filter(None, [task.name, own, f"lr{trainer.lr:g}", *finite, f"seed{trainer.seed}"]))
+
+def _defaults(kind):
+    try: return kind()
+    except (TypeError, ValueError): return None  # a parameter that has to be given
 
 def describe(session:Session) -> dict[str, Any]:
     "What `config.yaml` says of a training"
@@ -358,7 +363,7 @@ def fit(
     with torch.random.fork_rng(), StopRequest(trainer.time_limit) as stop:
         try: run, reason = _fit(Session(task, trainer), stop, runs_dir, resume, progress)
         finally: torch.set_num_threads(threads)
-    if reason == "SIGINT": raise KeyboardInterrupt(f"stopped; {shown(run.path)} can be resumed")
+    if reason == "SIGINT": raise KeyboardInterrupt(f"stopped; {shown(run.path)} can be resumed" if run else "stopped")
     return run
 
 def _fit(session, stop, runs_dir, resume, progress):
@@ -374,16 +379,19 @@ def _fit(session, stop, runs_dir, resume, progress):
 
 def _go_on(session, writer, stop, resume, progress):
     torch.set_num_threads(resume.config.get("threads", session.threads) if resume else session.threads)
-    state = _state(session, writer, resume) if resume else None
-    return Loop(session, writer, stop, progress).run(state["step"] if state else 0)
+    return Loop(session, writer, stop, progress).run(_restore(session, writer, resume) if resume else 0)
 
-def _state(session, writer, run):
-    state = writer.load_state() if writer else read_state(run.path)
-    if state is None: return None
-    try: session.restore(state)
-    except (KeyError, RuntimeError, TypeError, ValueError) as error:
-        raise RunError(f"{run.path / 'state.pt'} does not fit this model: {error}") from error
-    return state
+def _restore(session, writer, run):
+    "Go back to the saved state, or where there is none to the beginning; the step to go on from"
+    state, step = read_state(run.path), 0
+    try:
+        if state is not None:
+            step = int(state["step"])
+            session.restore(state)
+    except (LookupError, RuntimeError, TypeError, ValueError) as error:
+        raise RunError(f"{run.path / 'state.pt'} does not fit this training: {error}") from error
+    if writer: writer.cut(0 if state is None else state["metrics_bytes"])  # not before the state has proved to be of use
+    return step
 
 # %% ../../nbs/training/fit.ipynb #4889e83c
 def resumed(
@@ -416,7 +424,8 @@ def prepare(
         if not isinstance(given.get(name), str | Path | None): raise ParameterError(f"{name} = {given[name]!r}: it should be the path of a folder")
     if given.get("resume") is None: return Job(*resolve(given, others={"runs_dir", "resume"}))
     run, name = Run(given["resume"]), given.get("task")
-    own = task_class(name) if ":" in str(name) else None
+    try: own = task_class(name) if ":" in str(name) else None
+    except LookupError as error: raise ParameterError(f"task = {name!r}: {error}") from None
     rest = {name: value for name, value in given.items() if value is not None and name not in {"task", "runs_dir", "resume"}}
     task, trainer = resumed(run, own, **rest)
     check_same(run, task, trainer)
