@@ -217,7 +217,7 @@ def training_figure(
     for i, name in enumerate(names, 1):
         panel = curve_figure(metrics["step"], metrics[name], name, optimum, axis)
         figure.add_traces(panel.data, rows=1, cols=i).update_yaxes(range=panel.layout.yaxis.range, col=i)
-    figure = style(figure, height=300).update_layout(showlegend=False, margin_t=34).update_xaxes(**axis.layout())
+    figure = style(figure, height=310).update_layout(showlegend=False, margin_t=48).update_xaxes(**axis.layout())
     return _name_optima(figure, names, optimum)
 
 def _name_optima(figure, names, optimum):
@@ -225,7 +225,7 @@ def _name_optima(figure, names, optimum):
     for o in optimum:
         if o["metric"] in names and o.get("position") is None:
             note = figure.layout.annotations[names.index(o["metric"])]
-            note.text += f'  <span style="color:{COLORS["optimum"]}">┄ optimum {o["value"]:.4g} ({o.get("kind", "exact")})</span>'
+            note.text += f'<br><span style="color:{COLORS["optimum"]};font-size:11px">┄ optimum {o["value"]:.4g} ({o.get("kind", "exact")})</span>'
     return figure.update_annotations(font_size=13)
 
 # %% ../../nbs/dashboards/figures.ipynb #2e30db84
@@ -243,15 +243,17 @@ def scrub_figure(
 ) -> go.Figure:
     "The spectra of a few matrices side by side, with a slider over the checkpoints"
     names, last = list(spectra), len(steps) - 1
-    figure = make_subplots(1, len(names), subplot_titles=names, horizontal_spacing=.07)
+    ranks = {name: (drawn_ranks(s), s.shape[1]) for name, s in spectra.items()}
+    titles = [name if some == full else f'{name}<br><span style="font-size:11px">{full - some} of {full} values stay zero</span>' for name, (some, full) in ranks.items()]
+    figure = make_subplots(1, len(names), subplot_titles=titles, horizontal_spacing=.07)
     for i, s in enumerate(spectra.values(), 1):
         for trace in spectrum_traces(s, last, log): figure.add_trace(trace.update(showlegend=i == 1), 1, i)
         panel = spectrum_figure(s, steps, last, log).layout
         figure.update_yaxes(panel.yaxis, row=1, col=i).update_xaxes(panel.xaxis, row=1, col=i)
     figure.frames = [_frame(spectra, steps, index, log) for index in range(len(steps))]
-    figure = style(figure, height=450).update_layout(sliders=[_slider(steps, last)], margin={"t": 60, "b": 118})
-    figure.update_yaxes(title_text="").update_yaxes(title_text="singular value", col=1)
-    return figure.update_layout(legend={"y": 1.12}).update_annotations(font_size=13)
+    figure = style(figure, height=460).update_layout(sliders=[_slider(steps, last)], margin={"t": 76, "b": 118})
+    figure.update_yaxes(title_text="").update_yaxes(title_text="singular value", col=1).update_xaxes(title_text="rank")
+    return figure.update_layout(legend={"y": 1.15}).update_annotations(font_size=13)
 
 def _frame(spectra, steps, index, log):
     "What changes at a checkpoint: the previous one, and the one that is shown"
