@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from html import escape
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -13,9 +14,9 @@ import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 # %% auto #0
-__all__ = ['COLORS', 'HEAT', 'GRID', 'style', 'StepAxis', 'step_axis', 'visible', 'drawn_ranks', 'value_range', 'spectrum_traces',
-           'spectrum_axis', 'spectrum_figure', 'heatmap_figure', 'optimum_trace', 'curve_trace', 'curve_range',
-           'curve_figure', 'training_figure', 'scrub_figure']
+__all__ = ['COLORS', 'HEAT', 'GRID', 'style', 'StepAxis', 'step_axis', 'shade', 'visible', 'drawn_ranks', 'value_range',
+           'spectrum_traces', 'spectrum_axis', 'spectrum_figure', 'heatmap_figure', 'optimum_trace', 'curve_trace',
+           'curve_range', 'curve_figure', 'training_figure', 'scrub_figure']
 
 # %% ../../nbs/dashboards/figures.ipynb #d1afd109
 COLORS = {"now": "#0072B2", "first": "#8C8C8C", "previous": "#E69F00", "optimum": "#D55E00", "cursor": "#CC79A7"}
@@ -63,6 +64,18 @@ def step_axis(
     if log: return StepAxis(True, [0, *(10**k for k in range(len(str(last))) if 10**k <= last)], last)
     unit = next(m * 10**k for k in range(18) for m in (1, 2, 5) if last / (m * 10**k) <= 6)
     return StepAxis(False, list(range(0, last + 1, unit)), last)
+
+# %% ../../nbs/dashboards/figures.ipynb #091ddb98
+def shade(
+    figure:go.Figure,
+    axis:StepAxis,
+    start:int|None, # The first step that is shaded; None: none is
+) -> go.Figure: # The same figure
+    "Mark the steps at which rounding has taken over"
+    if start is None: return figure
+    low, high = axis.position([start, axis.last])
+    return figure.add_shape(type="rect", x0=low, x1=high, y0=0, y1=1, yref="paper", layer="above", line_width=0, fillcolor="rgba(128,128,128,.22)",
+                            label={"text": "rounding", "textposition": "top center", "font": {"size": 11, "color": "#707070"}})
 
 # %% ../../nbs/dashboards/figures.ipynb #351b0939
 def visible(
@@ -134,6 +147,7 @@ def heatmap_figure(
     steps:Sequence[int], # [checkpoints]
     log:bool=True, # Colours for the logarithm?
     axis:StepAxis|None=None, # Shared with other panels; None: one that suits the steps
+    unresolved:int|None=None, # The first step at which rounding has taken over
     title:str|None=None,
 ) -> go.Figure:
     "Every singular value over training"
@@ -148,7 +162,7 @@ def heatmap_figure(
                        hovertemplate=("step %{customdata}, " if z.size < 20_000 else "") + "rank %{y}: " + ("10^%{z:.2f}" if log else "%{z:.4g}") + "<extra></extra>")
     figure = style(go.Figure(trace), title=title).update_layout(margin_r=84)
     figure.update_yaxes(title={"text": "rank", "standoff": 6}, range=[ranks + .5, .5], showgrid=False)
-    return figure.update_xaxes(**axis.layout(), showgrid=False)
+    return shade(figure.update_xaxes(**axis.layout(), showgrid=False), axis, unresolved)
 
 # %% ../../nbs/dashboards/figures.ipynb #fbf365d7
 _DASH = {"exact": "dash", "asymptotic": "longdash", "bound": "dot", "estimate": "dashdot"}
@@ -157,7 +171,7 @@ def optimum_trace(
     optimum:Mapping[str, Any], # With "metric", "value", "kind" and "error", as in a run's config
     axis:StepAxis,
 ) -> go.Scatter:
-    "A line that no curve can cross"
+    "The line that no learner's expected value crosses"
     low, high = axis.position([0, axis.last])
     error = f" ± {optimum['error']:.1g}" if optimum.get("error") else ""
     text = f"optimum {optimum['value']:.4g}{error} ({optimum.get('kind', 'exact')})"
@@ -174,8 +188,8 @@ def curve_trace(
     "A metric over training, without the steps at which it was not recorded"
     steps, values = np.asarray(steps), np.asarray(values, dtype=float)
     kept = ~np.isnan(values)
-    return go.Scatter(x=axis.position(steps[kept]).astype(np.float32), y=values[kept].astype(np.float32), mode="lines" if kept.sum() > 1 else "markers", name=name,
-                      customdata=steps[kept].astype(np.int32), hovertemplate="step %{customdata}: %{y:.4g}<extra>" + name + "</extra>", line={"color": COLORS["now"], "width": 1.5})
+    return go.Scatter(x=axis.position(steps[kept]).astype(np.float32), y=values[kept].astype(np.float32), mode="lines" if kept.sum() > 1 else "markers", name=escape(name),
+                      customdata=steps[kept].astype(np.int32), hovertemplate="step %{customdata}: %{y:.4g}<extra>%{fullData.name}</extra>", line={"color": COLORS["now"], "width": 1.5})
 
 # %% ../../nbs/dashboards/figures.ipynb #73f1ebf5
 def curve_range(
@@ -194,14 +208,15 @@ def curve_figure(
     name:str, # The metric, "train/loss"
     optimum:Sequence[Mapping[str, Any]]=(), # As in a run's config; those of this metric are drawn
     axis:StepAxis|None=None, # Shared with other panels; None: one that suits the steps
+    unresolved:int|None=None, # The first step at which rounding has taken over
     title:str|None=None,
 ) -> go.Figure:
     "One metric over training beside its optimum"
     axis = axis or step_axis(steps)
     lines = [optimum_trace(o, axis) for o in optimum if o["metric"] == name and o.get("position") is None]
     figure = style(go.Figure([curve_trace(steps, values, axis, name), *lines]), title=title)
-    figure.update_yaxes(title={"text": name, "standoff": 6}, range=curve_range([*values, *(o["value"] for o in optimum if o["metric"] == name)]))
-    return figure.update_xaxes(**axis.layout())
+    figure.update_yaxes(title={"text": escape(name), "standoff": 6}, range=curve_range([*values, *(o["value"] for o in optimum if o["metric"] == name)]))
+    return shade(figure.update_xaxes(**axis.layout()), axis, unresolved)
 
 # %% ../../nbs/dashboards/figures.ipynb #28ca282a
 def training_figure(
@@ -209,14 +224,16 @@ def training_figure(
     optimum:Sequence[Mapping[str, Any]]=(), # As in a run's config
     names:Sequence[str]|None=None, # Which metrics; None: all
     axis:StepAxis|None=None,
+    unresolved:int|None=None, # The first step at which rounding has taken over
 ) -> go.Figure:
     "Metrics over training, a panel each"
     names = [name for name in metrics.columns if name != "step"] if names is None else list(names)
     axis = axis or step_axis(metrics["step"])
-    figure = make_subplots(1, max(len(names), 1), subplot_titles=names, horizontal_spacing=.07)
+    figure = make_subplots(1, max(len(names), 1), subplot_titles=[escape(name) for name in names], horizontal_spacing=.07)
     for i, name in enumerate(names, 1):
         panel = curve_figure(metrics["step"], metrics[name], name, optimum, axis)
         figure.add_traces(panel.data, rows=1, cols=i).update_yaxes(range=panel.layout.yaxis.range, col=i)
+        for shape in shade(go.Figure(), axis, unresolved).layout.shapes: figure.add_shape(shape, row=1, col=i, yref="y domain")
     figure = style(figure, height=310).update_layout(showlegend=False, margin_t=48).update_xaxes(**axis.layout())
     return _name_optima(figure, names, optimum)
 
@@ -244,7 +261,7 @@ def scrub_figure(
     "The spectra of a few matrices side by side, with a slider over the checkpoints"
     names, last = list(spectra), len(steps) - 1
     ranks = {name: (drawn_ranks(s), s.shape[1]) for name, s in spectra.items()}
-    titles = [name if some == full else f'{name}<br><span style="font-size:11px">{full - some} of {full} values stay zero</span>' for name, (some, full) in ranks.items()]
+    titles = [escape(name) if some == full else f'{escape(name)}<br><span style="font-size:11px">{full - some} of {full} values stay zero</span>' for name, (some, full) in ranks.items()]
     figure = make_subplots(1, len(names), subplot_titles=titles, horizontal_spacing=.07)
     for i, s in enumerate(spectra.values(), 1):
         for trace in spectrum_traces(s, last, log): figure.add_trace(trace.update(showlegend=i == 1), 1, i)

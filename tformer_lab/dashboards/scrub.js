@@ -86,22 +86,42 @@ class Scrubber {
   }
 
   listen() {
-    this.run.onchange = () => this.send("run", this.run.value);
-    this.matrix.onchange = () => this.send("matrix", this.matrix.value);
+    this.run.onchange = () => this.choose("run", this.run.value);
+    this.matrix.onchange = () => this.choose("matrix", this.matrix.value);
     this.scale.onchange = () => this.send("log", this.scale.value === "log");
     this.slider.oninput = () => this.show(+this.slider.value);
     this.play.onclick = () => (this.timer ? this.pause() : this.start());
     this.off = Object.entries({
       "change:view": () => this.showView(), "change:message": () => this.showMessage(),
+      "change:run": () => this.showChoice(), "change:matrix": () => this.showChoice(), "change:matrices": () => this.showChoice(),
       "change:log": () => this.showScale(), "change:step": () => this.followStep(),
     }).map(([event, act]) => { this.model.on(event, act); return () => this.model.off(event, act); });
-    this.resized = new ResizeObserver(() => Object.values(this.panels).forEach((p) => p.data && Plotly.Plots.resize(p)));
+    this.resized = new ResizeObserver(() => this.body.hidden || Object.values(this.panels).forEach((p) => p.data && Plotly.Plots.resize(p)));
     this.resized.observe(this.root);
   }
 
   send(name, value) {
     this.model.set(name, value);
     this.model.save_changes();
+  }
+
+  /** Another run or matrix: where the slider rested no longer matters. */
+  choose(name, value) {
+    this.pause();
+    this.forget();
+    this.send(name, value);
+  }
+
+  forget() {
+    clearTimeout(this.late);
+    cancelAnimationFrame(this.frame);
+    this.frame = this.again = null;
+  }
+
+  showChoice() {
+    fill(this.run, this.model.get("runs"), this.model.get("run"));
+    fill(this.matrix, this.model.get("matrices"), this.model.get("matrix"));
+    this.matrix.disabled = !this.model.get("matrices").length;
   }
 
   showMessage() {
@@ -115,8 +135,8 @@ class Scrubber {
     const sent = this.model.get("view");
     const usable = Boolean(sent && sent.steps && sent.steps.length);
     this.bar.hidden = this.body.hidden = !usable;
-    fill(this.run, this.model.get("runs"), this.model.get("run"));
-    fill(this.matrix, this.model.get("matrices"), this.model.get("matrix"));
+    this.showChoice();
+    this.forget();
     if (!usable) return this.pause();
     const bytes = sent.values;
     this.view = { ...sent, values: new Float32Array(bytes.buffer.slice(bytes.byteOffset, bytes.byteOffset + bytes.byteLength)) };
@@ -186,7 +206,7 @@ class Scrubber {
   }
 
   start() {
-    if (this.index === this.view.steps.length - 1) this.index = -1;
+    if (this.index === this.view.steps.length - 1) this.show(0);
     const advance = () => (this.index < this.view.steps.length - 1 ? this.show(this.index + 1) : this.pause());
     this.timer = setInterval(advance, 1000 / this.model.get("speed"));
     this.play.textContent = "❚❚";
@@ -202,7 +222,7 @@ class Scrubber {
 
   close() {
     this.pause();
-    clearTimeout(this.late);
+    this.forget();
     this.resized.disconnect();
     this.off.forEach((stop) => stop());
     Object.values(this.panels).forEach((panel) => Plotly.purge(panel));

@@ -106,14 +106,16 @@ class OneLayer(nn.Module):
         if triggers is None: triggers = range(1 if noise else min(5, vocab_size))
         check_one_layer(vocab_size, d_model, attention, parametrization, triggers, noise, gamma)
         self.vocab_size, self.d_model, self.attention, self.kappa = vocab_size, d_model, attention, kappa
-        self.parametrization, self.noise, self.gamma = parametrization, noise, gamma
+        self.parametrization, self.noise = parametrization, noise
         for name in {"origin": "WVF", "reparam": "", "reparam_w": "W"}[parametrization]:
             self.register_parameter(name, nn.Parameter(torch.zeros(d_model, d_model)))
-        if parametrization != "origin": self._fix_patterns(list(triggers))
+        if parametrization != "origin": self._fix_patterns(list(triggers), gamma)
 
-    def _fix_patterns(self, triggers):
+    def _fix_patterns(self, triggers, gamma):
         self.register_buffer("V", torch.eye(self.d_model), persistent=False)
-        if self.noise: self.register_buffer("noise_patterns", noise_patterns(self.vocab_size, self.d_model, triggers[0]), persistent=False)
+        if self.noise:
+            self.register_buffer("gamma", torch.tensor(gamma, dtype=torch.float64))  # saved with the weights: it may come from the training set
+            self.register_buffer("noise_patterns", noise_patterns(self.vocab_size, self.d_model, triggers[0]), persistent=False)
         if self.parametrization == "reparam":
             self.lam = nn.Parameter(torch.zeros(len(triggers)))
             self.register_buffer("patterns", trigger_patterns(self.vocab_size, self.d_model, triggers, self.noise), persistent=False)

@@ -55,7 +55,10 @@ def pack(
 def _check_row(about, tensors):
     name, (rows, columns) = about["name"], about["shape"]
     if not isinstance(name, str): raise ValueError("a matrix without a name")
-    return name, (int(rows), int(columns)), float(about["variance"]), tensors[f"rank_{min(rows, columns)}"]
+    stack = tensors[f"rank_{min(rows, columns)}"]
+    if stack.ndim != 2 or stack.shape[1] != min(rows, columns): raise ValueError(f"{name} is {rows} × {columns}, and its values are {stack.shape}")
+    if (stack < 0).any() or (stack[:, 1:] > stack[:, :-1]).any(): raise ValueError(f"values of {name} are negative, or not in descending order")
+    return name, (int(rows), int(columns)), float(about["variance"]), stack
 
 def unpack(
     tensors:Mapping[str, np.ndarray], # As `pack` made them

@@ -163,7 +163,8 @@ def make_accelerator(
     there = {"cuda": torch.cuda.is_available, "mps": torch.backends.mps.is_available}
     if trainer.device in there and not there[trainer.device](): raise ParameterError(f"device = {trainer.device!r}: this machine has none; 'auto' takes what there is")
     AcceleratorState._reset_state(reset_partial_state=True)  # else the first training's device and precision would stay for all others
-    try: accelerator = Accelerator(cpu=trainer.device == "cpu", mixed_precision=_PRECISIONS[trainer.precision])
+    cpu = trainer.device == "cpu" or (trainer.device == "auto" and not any(is_there() for is_there in there.values()))  # said aloud: else accelerate leaves launched processes alone
+    try: accelerator = Accelerator(cpu=cpu, mixed_precision=_PRECISIONS[trainer.precision])
     except (ValueError, NotImplementedError) as error: raise ParameterError(f"precision = {trainer.precision!r}: {error}") from error
     if trainer.precision == "float16" and accelerator.device.type == "cpu": raise ParameterError("precision = 'float16': on a CPU it should be 'float32' or 'bfloat16'")
     if trainer.batch_size % accelerator.num_processes or (trainer.samples or 0) % trainer.batch_size % accelerator.num_processes:

@@ -11,9 +11,19 @@ import torch
 from torch import Tensor
 
 # %% auto #0
-__all__ = ['OPTIMIZERS', 'NormalizedGD', 'make_optimizer']
+__all__ = ['OPTIMIZERS', 'unit', 'NormalizedGD', 'make_optimizer']
 
 # %% ../../nbs/training/optimizers.ipynb #c3ad046d
+def unit(
+    gradient:Tensor, # Of any shape
+) -> Tensor: # Of Frobenius norm 1, or zero where the gradient is zero
+    "A gradient divided by its norm, however small: it is scaled first, for squares of 1e-23 are 0 in float32"
+    largest = gradient.abs().amax()
+    scaled = gradient / largest.where(largest > 0, 1)
+    norm = scaled.norm()
+    return scaled / norm.where(norm > 0, 1)
+
+# %% ../../nbs/training/optimizers.ipynb #bb7525e7
 class NormalizedGD(torch.optim.Optimizer):
     "Gradient descent with each parameter's gradient divided by its Frobenius norm"
     def __init__(self,
@@ -34,8 +44,7 @@ class NormalizedGD(torch.optim.Optimizer):
         for group in self.param_groups:
             for p in group["params"]:
                 if p.grad is None: continue
-                norm = p.grad.norm()
-                p.sub_(p.grad * (group["lr"] / norm.where(norm > 0, torch.inf)))
+                p.sub_(group["lr"] * unit(p.grad))
         return loss
 
 # %% ../../nbs/training/optimizers.ipynb #1a0e74b9

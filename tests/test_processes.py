@@ -1,0 +1,54 @@
+"""Several processes train one model: the same curve as one process with the joint batch, and one run."""
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from tformer_lab.runs.store import Run
+from tformer_lab.tasks.recall import Recall
+from tformer_lab.training.fit import fit
+
+pytestmark = pytest.mark.timeout(300)  # a deadlock has to end, too
+SCRIPT = """
+import sys
+from pathlib import Path
+from tformer_lab.runs.store import Run
+from tformer_lab.tasks.recall import Recall
+from tformer_lab.training.fit import fit, resumed
+
+if __name__ == "__main__":
+    for name, samples, minutes in (("population", None, None), ("finite", 80, None), ("resumed", None, 1e-6)):
+        runs = Path(sys.argv[1]) / name
+        run = fit(Recall(length=32), runs_dir=runs, steps=30, batch_size=32, samples=samples, population_size=64, checkpoints=4, progress=False, time_limit=minutes)
+        print(name, "has", "no run" if run is None else run.status)
+    stopped = Run(next(runs.iterdir()))
+    fit(*resumed(stopped, time_limit=None), resume=stopped, progress=False)
+"""
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory):
+    """The folder of what two processes trained, and what they said."""
+    folder = tmp_path_factory.mktemp("two")
+    (folder / "script.py").write_text(SCRIPT)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]  # with --cpu accelerate launch starts only one
+    done = subprocess.run([*launch, folder / "script.py", folder], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    assert done.returncode == 0, done.stdout
+    return folder, done.stdout
+
+
+@pytest.mark.parametrize("name, samples", [("population", None), ("finite", 80), ("resumed", None)])
+def test_two_processes_learn_what_one_does_from_the_joint_batch(two, name, samples, tmp_path):
+    [path] = (two[0] / name).iterdir()
+    run, alone = Run(path), fit(Recall(length=32), runs_dir=tmp_path, steps=30, batch_size=32, samples=samples, population_size=64, checkpoints=4, progress=False)
+    assert run.config["processes"] == 2 and run.status == "done"
+    assert run.metrics.columns.equals(alone.metrics.columns) and run.metrics["step"].tolist() == list(range(31))  # each step once
+    assert np.allclose(run.metrics, alone.metrics, rtol=1e-4, equal_nan=True)
+    assert run.spectra.steps.tolist() == list(run.checkpoints) == list(alone.checkpoints)
+    for name in alone.spectra.matrices: assert np.allclose(run.checkpoints[30][name], alone.checkpoints[30][name], atol=1e-4)
+
+
+def test_only_the_first_process_has_the_run(two):
+    said = [line for line in two[1].splitlines() if " has " in line]
+    assert sorted(said) == sorted([*(f"{name} has no run" for name in ("population", "finite", "resumed")), "population has done", "finite has done", "resumed has stopped"])
