@@ -20,7 +20,7 @@ from tformer_lab.training.fit import fit, resumed
 if __name__ == "__main__":
     for name, samples, minutes in (("population", None, None), ("finite", 80, None), ("resumed", None, 1e-6)):
         runs = Path(sys.argv[1]) / name
-        run = fit(Recall(length=32), runs_dir=runs, steps=30, batch_size=32, samples=samples, population_size=64, checkpoints=4, progress=False, time_limit=minutes)
+        run = fit(Recall(length=32), runs_dir=runs, steps=30, batch_size=32, samples=samples, population_size=64 if samples else None, checkpoints=4, progress=False, time_limit=minutes)
         print(name, "has", "no run" if run is None else run.status)
     stopped = Run(next(runs.iterdir()))
     fit(*resumed(stopped, time_limit=None), resume=stopped, progress=False)
@@ -41,7 +41,7 @@ def two(tmp_path_factory):
 @pytest.mark.parametrize("name, samples", [("population", None), ("finite", 80), ("resumed", None)])
 def test_two_processes_learn_what_one_does_from_the_joint_batch(two, name, samples, tmp_path):
     [path] = (two[0] / name).iterdir()
-    run, alone = Run(path), fit(Recall(length=32), runs_dir=tmp_path, steps=30, batch_size=32, samples=samples, population_size=64, checkpoints=4, progress=False)
+    run, alone = Run(path), fit(Recall(length=32), runs_dir=tmp_path, steps=30, batch_size=32, samples=samples, population_size=64 if samples else None, checkpoints=4, progress=False)
     assert run.config["processes"] == 2 and run.status == "done"
     assert run.metrics.columns.equals(alone.metrics.columns) and run.metrics["step"].tolist() == list(range(31))  # each step once
     assert np.allclose(run.metrics, alone.metrics, rtol=1e-4, equal_nan=True)

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+from html import escape
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -33,13 +34,13 @@ def panel(
 def loss_figure(
     run:Run,
     axis, # A StepAxis
+    unresolved:int|None=None, # The first step at which rounding has taken over
 ) -> go.Figure:
     "The run's loss beside its optimum; empty where none was recorded"
-    metrics, config = run.metrics, run.config
+    metrics = run.metrics
     names = [name for name in metrics.columns if name != "step"]
     name = "train/loss" if "train/loss" in names else next(iter(names), "no metric was recorded")
-    values = metrics[name] if names else []
-    return curve_figure(metrics["step"], values, name, config.get("optimum") or [], axis)
+    return curve_figure(metrics["step"], metrics[name] if names else [], name, run.optimum, axis, unresolved)
 
 def run_view(
     run:Run,
@@ -48,13 +49,13 @@ def run_view(
     "Everything that the page needs to show one matrix of a run"
     history = run.spectra
     s, steps = history[matrix], history.steps
-    axis, ranks = step_axis(steps), drawn_ranks(s)
-    rows, columns = history.shapes[matrix]
-    spectrum = spectrum_figure(s, steps, title=f"{matrix}, {rows} × {columns}: singular values").update_layout(title_font_size=13, margin_t=52)
-    heat = heatmap_figure(s, steps, axis=axis)
+    axis = step_axis(steps)._replace(last=max(int(steps[-1]), int(run.metrics["step"].max() if len(run.metrics) else 0)))
+    ranks, unresolved, (rows, columns) = drawn_ranks(s), run.unresolved, history.shapes[matrix]
+    spectrum = spectrum_figure(s, steps, title=f"{escape(matrix)}, {rows} × {columns}: singular values").update_layout(title_font_size=13, margin_t=52)
+    heat = heatmap_figure(s, steps, axis=axis, unresolved=unresolved)
     return {"steps": steps.tolist(), "positions": axis.position(steps).tolist(), "rank": ranks, "full_rank": s.shape[1],
             "values": np.ascontiguousarray(s[:, :ranks], dtype=np.float32).tobytes(),
-            "spectrum": panel(spectrum, 470), "loss": panel(loss_figure(run, axis).update_layout(margin=heat.layout.margin, margin_t=30), 210), "heat": panel(heat, 260),
+            "spectrum": panel(spectrum, 470), "loss": panel(loss_figure(run, axis, unresolved).update_layout(margin=heat.layout.margin, margin_t=30), 210), "heat": panel(heat, 260),
             "scales": {"log": spectrum_axis(s, True), "linear": spectrum_axis(s, False)}}
 
 # %% ../../nbs/dashboards/scrubber.ipynb #415d2f9f
@@ -101,7 +102,7 @@ class Scrubber(anywidget.AnyWidget):
         log:bool=True, # A logarithmic axis?
     ):
         one = isinstance(runs, Run)
-        self._folder = runs.path.parent if one else Path(runs or default_runs_dir())
+        self._run, self._folder = None, runs.path.parent if one else Path(runs or default_runs_dir())
         super().__init__(_esm=module_text(), log=log)
         self.set_trait("runs", [runs.name] if one else list_runs(self._folder)["run"].tolist())
         if not self.runs: self.set_trait("message", f"There are no runs in {shown(self._folder)} yet; `make train` makes one.")
@@ -123,11 +124,11 @@ class Scrubber(anywidget.AnyWidget):
 
     @traitlets.observe("run")
     def _open(self, change):
-        try:
-            self._run = Run(self._folder / self.run)
-            names = self._run.spectra.matrices
-        except (RunError, ValueError) as error: return self._fail(error)
+        self._run = None
+        try: run, names = (run := Run(self._folder / self.run)), run.spectra.matrices
+        except self.unreadable as error: return self._fail(error)
         if not names: return self._fail(f"{self.run} has recorded no spectra yet.")
+        self._run = run
         with self.hold_sync():
             self.set_trait("matrices", names)
             if self.matrix in names: self._show(change)
@@ -135,15 +136,19 @@ class Scrubber(anywidget.AnyWidget):
 
     @traitlets.observe("matrix")
     def _show(self, change):
+        if self._run is None: return
         try: view = run_view(self._run, self.matrix)
-        except (RunError, ValueError) as error: return self._fail(error)
+        except self.unreadable as error: return self._fail(error)
         with self.hold_sync():
             step = self.step if self.step in view["steps"] else view["steps"][-1]
             self.set_trait("message", "")
             self.set_trait("view", view)
             self.step = step
 
+    unreadable = OSError, ValueError, LookupError, TypeError, AttributeError  # what a folder from anywhere can hold
+
     def _fail(self, error):
         with self.hold_sync():
-            self.set_trait("message", str(error))
+            self.set_trait("message", f"{self.run}: {error}" if isinstance(error, Exception) else error)
+            self.set_trait("matrices", [])
             self.set_trait("view", {})

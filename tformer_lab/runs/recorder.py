@@ -9,6 +9,7 @@ import atexit
 import math
 import sys
 from collections.abc import Mapping
+from itertools import takewhile
 from pathlib import Path
 from typing import Any, Literal
 
@@ -40,17 +41,18 @@ class SpectrumRecorder:
         optimum:Mapping[str, float]|None=None, # What no learner can beat, by metric, drawn beside the curves
         config:Mapping[str, Any]|None=None, # Parameters to remember
     ):
+        if resume and (config or optimum): raise ValueError("a run that is resumed has its config and its optimum already: leave them out")
         if not (every == "log" or (isinstance(every, int) and every > 0)): raise ValueError(f"every is {every!r}: it has to be 'log' or a positive number of steps")
         record(model, 0)  # a model without matrices is refused before anything is written
         self.model, self.every, self.weights = model, every, weights
         self.run = Run(path) if resume else Run.create(path, self._config(config, optimum))
-        self._writer, self._cut = RunWriter(self.run), resume
+        self._writer, self._cut, self._last = RunWriter(self.run), resume, -1
         atexit.register(self._at_exit)
 
     @staticmethod
     def _config(config, optimum):
         lines = [{"metric": _metric(name), "value": float(value), "kind": "exact", "error": 0., "position": None} for name, value in (optimum or {}).items()]
-        return {"task": "recorded", "parameters": dict(config or {}), "optimum": lines}
+        return {"task": "recorded", "parameters": {name: _plain(value) for name, value in (config or {}).items()}, "optimum": lines}
 
     def __call__(self,
         step:int, # Updates done before
@@ -59,6 +61,8 @@ class SpectrumRecorder:
         "Record a step"
         if step != int(step) or step < 0: raise ValueError(f"step is {step!r}: it has to be a whole number, 0 or more")
         step = int(step)
+        if step < self._last: raise ValueError(f"step is {step}, after {self._last}: steps have to ascend")
+        self._last = step
         row = {"step": step, **{_metric(name): _number(value) for name, value in metrics.items()}}
         if self._cut: self._go_back(step)
         if metrics: self._writer.log([row])
@@ -76,7 +80,8 @@ class SpectrumRecorder:
         self._cut = False
         lines = (self.run.path / "metrics.jsonl").read_bytes().splitlines(keepends=True)
         rows = MetricsFile(self.run.path / "metrics.jsonl").rows()
-        self._writer.cut(sum(len(line) for line, row in zip(lines, rows) if row["step"] < step))
+        kept = takewhile(lambda both: both[1]["step"] < step, zip(lines, rows))
+        self._writer.cut(sum(len(line) for line, _ in kept))
         for later, path in (item for folder in ("spectra", "checkpoints") for item in step_files(self.run.path / folder).items()):
             if later >= step: path.unlink()
 
@@ -93,6 +98,11 @@ class SpectrumRecorder:
 
     def __enter__(self): return self
     def __exit__(self, kind, error, trace): self.close(None if error is None else f"{kind.__name__}: {error}")
+
+def _plain(value):
+    "Numpy's numbers and paths as YAML can write them"
+    if hasattr(value, "item"): return value.item()
+    return str(value) if isinstance(value, Path) else value
 
 def _number(value):
     return float(value.detach() if hasattr(value, "detach") else value)

@@ -11,6 +11,7 @@ import os
 import platform
 import re
 import secrets
+import shutil
 import subprocess
 import warnings
 from collections import Counter
@@ -69,7 +70,7 @@ def project_top() -> Path:
 
 def default_runs_dir() -> Path:
     "`TFORMER_RUNS`, or `runs` at the top of the project"
-    return Path(os.environ.get("TFORMER_RUNS") or project_top() / "runs")
+    return project_top() / os.environ.get("TFORMER_RUNS", "runs")  # an absolute path stays as it is
 
 def shown(path:Path) -> str:
     "A path as it is told to a person: from the top of the project, where it is inside"
@@ -88,10 +89,10 @@ def check_name(
 
 def unique_name(
     label:str, # What the run is, "recall-lr0.5"
-) -> str: # With the time and four random digits
+) -> str: # With the time and eight random digits
     "A name that says what a run is and that no other run has"
     plain = re.sub(r"[^A-Za-z0-9._=+-]+", "-", label).strip("-._") or "run"
-    return check_name(f"{plain[:150]}-{datetime.now():%Y%m%d-%H%M%S}-{secrets.token_hex(2)}")
+    return check_name(f"{plain[:150]}-{datetime.now():%Y%m%d-%H%M%S}-{secrets.token_hex(4)}")
 
 # %% ../../nbs/runs/store.ipynb #d65aced0
 def _git(*args):
@@ -111,15 +112,22 @@ def environment() -> dict[str, Any]:
 class MetricsFile:
     "The records of a `metrics.jsonl`, read as they come"
     def __init__(self, path:Path):
-        self.path, self._offset, self._rows = Path(path), 0, []
+        self.path, self._offset, self._rows, self._last = Path(path), 0, [], b""
 
     def rows(self) -> list[dict[str, float]]: # One a line, in the order of the file
         "All records so far; reads only what is new"
         try: size = self.path.stat().st_size
         except FileNotFoundError: size = 0
-        if size < self._offset: self._offset, self._rows = 0, []
+        if size < self._offset or not self._same(): self._offset, self._rows, self._last = 0, [], b""
         if size > self._offset: self._read()
         return self._rows
+
+    def _same(self):
+        "Is the last line that was read still there? A file that was cut may have grown again"
+        if not self._offset: return True
+        with open(self.path, "rb") as f:
+            f.seek(self._offset - len(self._last))
+            return f.read(len(self._last)) == self._last
 
     def _read(self):
         with open(self.path, "rb") as f:
@@ -132,7 +140,7 @@ class MetricsFile:
             if not isinstance(new[-1], dict) or not isinstance(new[-1].get("step"), int):
                 raise RunError(f"{self.path}: line {len(self._rows) + len(new)} is no record: {line[:60]!r}")
         self._rows += new
-        if whole: self._offset += len(whole) + 1
+        if whole: self._offset, self._last = self._offset + len(whole) + 1, whole.rpartition(b"\n")[2] + b"\n"
 
 # %% ../../nbs/runs/store.ipynb #d9934ebc
 def step_file(step:int) -> str: # "00000100.safetensors"
@@ -191,6 +199,8 @@ def now() -> str:
     return datetime.now(timezone.utc).isoformat(timespec="seconds")
 
 # %% ../../nbs/runs/store.ipynb #892afcfc
+_EPSILON = {"float64": 2.0**-52, "float32": 2.0**-23, "float16": 2.0**-10, "bfloat16": 2.0**-7}
+
 class Run:
     "A run's folder, to be read"
     def __init__(self,
@@ -207,11 +217,17 @@ class Run:
     ) -> Run: # To be written by a RunWriter
         "Make a new run's folder"
         path = Path(path)
-        text = yaml.safe_dump({"format": 1, "name": check_name(path.name), "created": now(), **(config or {}), **environment()}, sort_keys=False)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try: path.mkdir()  # fails for all but one of those who try at once
-        except FileExistsError: raise RunError(f"{path} exists already: resume it, or take another name") from None
-        write_atomically(path / "config.yaml", text.encode())
+        try: text = yaml.safe_dump({"format": 1, "name": check_name(path.name), "created": now(), **(config or {}), **environment()}, sort_keys=False)
+        except yaml.YAMLError as error: raise RunError(f"config has a value that is no number, string, list or dictionary: {error}") from error
+        beside = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
+        write_atomically(beside / "config.yaml", text.encode())
+        try:
+            if path.exists(): raise FileExistsError
+            os.rename(beside, path)  # fails for all but one of those who try at once
+        except OSError as error:
+            shutil.rmtree(beside, ignore_errors=True)
+            if path.exists(): raise RunError(f"{path} exists already: resume it, or take another name") from None
+            raise error
         return cls(path)
 
     @property
@@ -253,6 +269,21 @@ class Run:
         "Every record so far, a row each"
         import pandas as pd
         return pd.DataFrame(self._metrics.rows() or {"step": []})
+
+    @property
+    def optimum(self) -> list[dict[str, Any]]: # With "metric", "value", "kind", "error" and "position"
+        "What no learner can beat, as the config says"
+        lines = self.config.get("optimum") or []
+        return [o for o in lines if isinstance(o, dict) and isinstance(o.get("metric"), str) and isinstance(o.get("value"), int | float)] if isinstance(lines, list) else []
+
+    @property
+    def unresolved(self) -> int|None: # None where there is no such step, or the precision is not known
+        "The first step from which on the loss is below the precision it was computed in, and rounding moves the weights"
+        precision = (self.config.get("trainer") or {}).get("precision")
+        rows = [(row["step"], row["train/loss"]) for row in self._metrics.rows() if "train/loss" in row]
+        resolved = [i for i, (_, loss) in enumerate(rows) if not loss < _EPSILON.get(precision, 0)]
+        after = resolved[-1] + 1 if resolved else 0
+        return rows[after][0] if after < len(rows) else None
 
     @property
     def checkpoints(self) -> Checkpoints:
@@ -308,7 +339,8 @@ class RunWriter:
         self.run, self._lock = run, FileLock(run.path / ".lock")
         try: self._lock.acquire(timeout=2)
         except Timeout: raise RunError(f"{run.path} is being written by another process") from None
-        self._started, self._file, self.step = now(), open(run.path / "metrics.jsonl", "ab", buffering=0), None
+        self._before = run.status_details if (run.path / "status.json").exists() else None
+        self._started, self._file, self.step = now(), open(run.path / "metrics.jsonl", "ab", buffering=0), (self._before or {}).get("step")
         for stray in (*run.path.glob(".*.tmp"), *run.path.glob("*/.*.tmp")): stray.unlink(missing_ok=True)
         self.say("running")
 
@@ -366,6 +398,12 @@ class RunWriter:
         self.say(status, error)
         self._lock.release()
 
+    def withdraw(self) -> None:
+        "Let go of a run that could not be gone on with; its status is what it was before"
+        if self._before: write_atomically(self.run.path / "status.json", json.dumps(self._before, indent=1).encode())
+        self._file.close()
+        self._lock.release()
+
     def __enter__(self): return self
     def __exit__(self, kind, error, trace):
         self.close("done" if error is None else "failed", None if error is None else f"{kind.__name__}: {error}")
@@ -401,10 +439,11 @@ def _last_metrics(run, tail=65536):
 def _row(path):
     run = Run(path)
     config, said, last = run.config, run.status_details, _last_metrics(run)
-    optimum = {o["metric"]: o["value"] for o in config.get("optimum", [])}
-    loss, best = last.get("train/loss"), optimum.get("train/loss")
-    return {"run": run.name, "task": config.get("task"), "status": said["status"], "step": last.get("step"), "train/loss": loss, "optimum": best,
-            "excess": None if loss is None or best is None else loss - best, "created": config.get("created"), "error": said.get("error")}
+    optimum = {o["metric"]: o["value"] for o in run.optimum}
+    measured = next((name for name in ("train/loss", "population/loss") if name in optimum and name in last), None)
+    return {"run": run.name, "task": config.get("task"), "status": said["status"], "step": last.get("step"), "train/loss": last.get("train/loss"),
+            "optimum": optimum.get(measured), "excess": last[measured] - optimum[measured] if measured else None,
+            "created": str(config.get("created") or ""), "error": said.get("error")}
 
 def list_runs(
     folder:str|Path|None=None, # Holding runs; the default folder when None
@@ -413,9 +452,10 @@ def list_runs(
     import pandas as pd
     folder, rows = Path(folder or default_runs_dir()), []
     for path in sorted(folder.iterdir()) if folder.is_dir() else []:
-        if not (path / "config.yaml").is_file(): continue
-        try: rows.append(_row(path))
-        except (RunError, OSError, TypeError, KeyError, AttributeError) as error: rows.append({"run": path.name, "status": "unreadable", "error": str(error)})
+        try:
+            if not path.name.startswith(".") and (path / "config.yaml").is_file(): rows.append(_row(path))
+        except (RunError, OSError, TypeError, LookupError, AttributeError) as error:
+            rows.append({"run": path.name, "status": "unreadable", "created": "", "error": str(error)})
     columns = ["run", "task", "status", "step", "train/loss", "optimum", "excess", "created", "error"]
     table = pd.DataFrame(rows, columns=columns)
-    return table.sort_values("created", ascending=False, na_position="last", kind="stable", ignore_index=True)
+    return table.sort_values("created", ascending=False, kind="stable", ignore_index=True)

@@ -30,8 +30,9 @@ from .optimizers import make_optimizer
 from .parameters import ParameterError, Trainer, build, check_names, field_names, resolve, trainer_for
 
 # %% auto #0
-__all__ = ['log_spaced', 'spaced', 'map_batch', 'Batches', 'StopRequest', 'MetricsLog', 'make_accelerator', 'default_threads',
-           'Session', 'Loop', 'label', 'describe', 'announce', 'check_same', 'fit', 'resumed', 'Job', 'prepare']
+__all__ = ['POPULATION_SIZE', 'POPULATION_STREAM', 'log_spaced', 'spaced', 'map_batch', 'Batches', 'StopRequest', 'MetricsLog',
+           'make_accelerator', 'default_threads', 'Session', 'Loop', 'label', 'describe', 'announce', 'resumed',
+           'check_same', 'fit', 'Job', 'prepare']
 
 # %% ../../nbs/training/fit.ipynb #9e989a88
 def log_spaced(
@@ -145,16 +146,20 @@ class MetricsLog:
         self._rows.append({"step": step, **metrics})
         if time.monotonic() - self._last > 1: self.flush()
 
-    def flush(self) -> None:
+    def flush(self,
+        check:bool=True, # Refuse a loss that is not finite?
+    ) -> None:
         "Write what was collected"
         rows = [{name: value if name == "step" else float(value) for name, value in row.items()} for row in self._rows]
-        broken = next((row for row in rows if not np.isfinite(row["train/loss"])), None)
+        broken = next((row for row in rows if check and not np.isfinite(row["train/loss"])), None)
         self._rows, self._last = [], time.monotonic()
         self._write(rows)
         if broken: raise FloatingPointError(f"train/loss is {broken['train/loss']} at step {broken['step']}; a smaller lr may help")
 
 # %% ../../nbs/training/fit.ipynb #29cd0c72
-_PRECISIONS = {"float32": "no", "bfloat16": "bf16", "float16": "fp16"}
+_PRECISIONS = {"float32": "no", "float64": "no", "bfloat16": "bf16", "float16": "fp16"}
+POPULATION_SIZE = 20480
+POPULATION_STREAM = 0xB0B5CA1EB0B5CA1E  # no seed of a training draws the same numbers
 
 def make_accelerator(
     trainer:Trainer,
@@ -166,6 +171,7 @@ def make_accelerator(
     cpu = trainer.device == "cpu" or (trainer.device == "auto" and not any(is_there() for is_there in there.values()))  # said aloud: else accelerate leaves launched processes alone
     try: accelerator = Accelerator(cpu=cpu, mixed_precision=_PRECISIONS[trainer.precision])
     except (ValueError, NotImplementedError) as error: raise ParameterError(f"precision = {trainer.precision!r}: {error}") from error
+    if trainer.precision == "float64" and accelerator.device.type == "mps": raise ParameterError("precision = 'float64': MPS has none; device = 'cpu' has")
     if trainer.precision == "float16" and accelerator.device.type == "cpu": raise ParameterError("precision = 'float16': on a CPU it should be 'float32' or 'bfloat16'")
     if trainer.batch_size % accelerator.num_processes or (trainer.samples or 0) % trainer.batch_size % accelerator.num_processes:
         raise ParameterError(f"batch_size = {trainer.batch_size}: {accelerator.num_processes} processes cannot share every batch evenly")
@@ -185,12 +191,13 @@ class Session:
         torch.manual_seed(trainer.seed)
         self.batches = Batches(task, trainer, self.rank, self.processes)
         model = task.model(self.batches.data)
+        if trainer.precision == "float64": model = model.double()
         if not weight_matrices(model): raise ValueError(f"{type(model).__name__} has no 2-D weights whose spectra could be recorded")
         self.threads = trainer.threads or default_threads(model)
         self.model, self.optimizer = self.accelerator.prepare(model, make_optimizer(trainer.optimizer, model.parameters(), trainer.lr))
         self.bare = self.accelerator.unwrap_model(self.model)
         torch.manual_seed(trainer.seed + self.rank)
-        self._population = task.batch(trainer.population_size, np.random.default_rng([3, 3])) if trainer.samples else None
+        self._population = task.batch(trainer.population_size or POPULATION_SIZE, np.random.default_rng(POPULATION_STREAM)) if trainer.samples else None
 
     def loss(self, step:int) -> Tensor: # Scalar, on this process's part of the batch
         "The loss on a step's batch"
@@ -203,7 +210,8 @@ class Session:
         self.optimizer.step()
 
     def _to_device(self, batch):
-        return map_batch(lambda t: t.to(self.accelerator.device), batch)
+        double = self.trainer.precision == "float64"
+        return map_batch(lambda t: t.to(self.accelerator.device, torch.float64 if double and t.is_floating_point() else t.dtype), batch)
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, Any]:
@@ -232,11 +240,11 @@ class Session:
 
     def state(self) -> dict[str, Any]:
         "What a later session needs to go on, its tensors shared with this one; all processes have to ask"
-        cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+        random = {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state() if self.accelerator.device.type == "cuda" else None}
         scaler = self.accelerator.scaler
         return {"model": self.bare.state_dict(), "optimizer": self.optimizer.state_dict(), "batches": self.batches.state(),
                 "scaler": scaler.state_dict() if scaler is not None else None,
-                "random": gather_object([torch.get_rng_state()]), "cuda_random": cuda}
+                "random": gather_object([random])}
 
     def restore(self, state:Mapping[str, Any]) -> None:
         "Go on from a saved state"
@@ -245,8 +253,9 @@ class Session:
         self.optimizer.load_state_dict(state["optimizer"])
         self.batches.restore(state["batches"])
         if self.accelerator.scaler is not None: self.accelerator.scaler.load_state_dict(state["scaler"])
-        torch.set_rng_state(state["random"][self.rank])
-        if torch.cuda.is_available(): torch.cuda.set_rng_state_all(state["cuda_random"])
+        random = state["random"][self.rank]
+        torch.set_rng_state(random["cpu"])
+        if random["cuda"] is not None and self.accelerator.device.type == "cuda": torch.cuda.set_rng_state(random["cuda"])
 
 # %% ../../nbs/training/fit.ipynb #49e0c30f
 class Loop:
@@ -285,7 +294,9 @@ class Loop:
         self.log.flush()
         state = {"step": step, **self.session.state()}
         self._saved = time.monotonic()
-        if self.writer is not None: self.writer.save_state(state)
+        if self.writer is None: return
+        self.writer.step = step
+        self.writer.save_state(state)
 
     def _is_late(self, step):
         "Is it time for another state? At a checkpoint after a second, else after `save_minutes`"
@@ -294,6 +305,12 @@ class Loop:
 
     def run(self, start:int) -> str|None: # Why it stopped before the end
         "Train from a step to the last"
+        try: return self._run(start)
+        finally:
+            self.bar.close()
+            self.log.flush(check=False)  # what was recorded before an error
+
+    def _run(self, start):
         last = self.trainer.steps
         for step in range(start, last + 1):
             stopping = self.session.anyone(self.stop.reason is not None)
@@ -305,7 +322,6 @@ class Loop:
             self.log.add(step, {"train/loss": self.session.mean(loss.detach()), **metrics})
             if step < last: self.session.update(loss)
         self.log.flush()
-        self.bar.close()
 
 # %% ../../nbs/training/fit.ipynb #6031ddfc
 def label(task:Task, trainer:Trainer) -> str: # "recall-origin-softmax-FA-lr0.5-seed0"
@@ -321,8 +337,10 @@ def _defaults(kind):
 
 def describe(session:Session) -> dict[str, Any]:
     "What `config.yaml` says of a training"
+    known = [asdict(o) for o in session.task.optimum()]
+    learnable = {"train/loss"} if session.trainer.samples else set()  # a finite training set can be learnt by heart, and its loss has no such bound
     return {"task": session.task.name, "parameters": asdict(session.task), "trainer": asdict(session.trainer),
-            "optimum": [asdict(o) for o in session.task.optimum()], "device": str(session.accelerator.device),
+            "optimum": [o for o in known if o["metric"] not in learnable], "device": str(session.accelerator.device),
             "threads": session.threads, "processes": session.processes}
 
 def announce(session:Session, path:Path) -> str:
@@ -331,6 +349,22 @@ def announce(session:Session, path:Path) -> str:
     spectra = 8 * count * sum(min(m.shape) for m in weight_matrices(session.bare).values())
     weights = count * sum(t.numel() * t.element_size() for t in session.bare.state_dict().values()) if session.trainer.keep_weights else 0
     return f"{count} checkpoints: {spectra / 1e6:.1f} MB of spectra, {weights / 1e6:.1f} MB of weights, in {shown(path)}"
+
+# %% ../../nbs/training/fit.ipynb #4889e83c
+def resumed(
+    run:Run,
+    task:type|None=None, # The class of a task that is not registered
+    **given, # Parameters to change; `fit` accepts time_limit and save_minutes only
+) -> tuple[Task, Trainer]: # For fit(task, trainer, resume=run)
+    "The task and the trainer that a run was begun with"
+    config = run.config
+    if task is None:
+        if ":" in str(config.get("task")): raise RunError(f"{run.path}: {config['task']} is no registered task; hand its class over")
+        try: task = task_class(config.get("task"))
+        except LookupError as error: raise RunError(f"{run.path}: {error}") from error
+    check_names(given, field_names(task) | field_names(Trainer))
+    own = {kind: {name: value for name, value in given.items() if name in field_names(kind)} for kind in (task, Trainer)}
+    return build(task, {**(config.get("parameters") or {}), **own[task]}), build(Trainer, {**(config.get("trainer") or {}), **own[Trainer]})
 
 # %% ../../nbs/training/fit.ipynb #8fb2ac3a
 _FREE = {"time_limit", "save_minutes"}  # what may change when a run is resumed
@@ -341,12 +375,12 @@ def check_same(
     trainer:Trainer,
 ) -> None: # Raises ParameterError
     "Refuse to resume a run with other parameters than its own"
-    config = run.config
-    for mine, kept in ((asdict(task), config.get("parameters", {})), (asdict(trainer), config.get("trainer", {}))):
+    if task.name != run.config.get("task"): raise ParameterError(f"task = {task.name!r}: {run.name} was begun with {run.config.get('task')!r}, and goes on only with that")
+    for mine, kept in zip((asdict(task), asdict(trainer)), map(asdict, resumed(run, type(task)))):
         for name, value in mine.items():
-            if name not in _FREE and kept.get(name) != value:
-                raise ParameterError(f"{name} = {value!r}: {run.name} was begun with {kept.get(name)!r}, and goes on only with that")
+            if name not in _FREE and kept[name] != value: raise ParameterError(f"{name} = {value!r}: {run.name} was begun with {kept[name]!r}, and goes on only with that")
 
+# %% ../../nbs/training/fit.ipynb #80f934fd
 def fit(
     task:Task,
     trainer:Trainer|None=None, # How to train; None: the task's defaults and what follows by name
@@ -384,31 +418,17 @@ def _go_on(session, writer, stop, resume, progress):
 
 def _restore(session, writer, run):
     "Go back to the saved state, or where there is none to the beginning; the step to go on from"
-    state, step = read_state(run.path), 0
     try:
+        state, step = read_state(run.path), 0
         if state is not None:
             step = int(state["step"])
             session.restore(state)
+        if writer: writer.cut(0 if state is None else state["metrics_bytes"])  # not before the state has proved to be of use
     except (LookupError, RuntimeError, TypeError, ValueError) as error:
-        raise RunError(f"{run.path / 'state.pt'} does not fit this training: {error}") from error
-    if writer: writer.cut(0 if state is None else state["metrics_bytes"])  # not before the state has proved to be of use
+        if writer: writer.withdraw()
+        raise error if isinstance(error, RunError) else RunError(f"{run.path / 'state.pt'} does not fit this training: {error}") from error
+    if writer: writer.step = step
     return step
-
-# %% ../../nbs/training/fit.ipynb #4889e83c
-def resumed(
-    run:Run,
-    task:type|None=None, # The class of a task that is not registered
-    **given, # Parameters to change; `fit` accepts time_limit and save_minutes only
-) -> tuple[Task, Trainer]: # For fit(task, trainer, resume=run)
-    "The task and the trainer that a run was begun with"
-    config = run.config
-    if task is None:
-        if ":" in str(config.get("task")): raise RunError(f"{run.path}: {config['task']} is no registered task; hand its class over")
-        try: task = task_class(config.get("task"))
-        except LookupError as error: raise RunError(f"{run.path}: {error}") from error
-    check_names(given, field_names(task) | field_names(Trainer))
-    own = {kind: {name: value for name, value in given.items() if name in field_names(kind)} for kind in (task, Trainer)}
-    return build(task, {**(config.get("parameters") or {}), **own[task]}), build(Trainer, {**(config.get("trainer") or {}), **own[Trainer]})
 
 # %% ../../nbs/training/fit.ipynb #bfbfc2c0
 class Job(NamedTuple):
@@ -425,6 +445,7 @@ def prepare(
         if not isinstance(given.get(name), str | Path | None): raise ParameterError(f"{name} = {given[name]!r}: it should be the path of a folder")
     if given.get("resume") is None: return Job(*resolve(given, others={"runs_dir", "resume"}))
     run, name = Run(given["resume"]), given.get("task")
+    if name not in (None, "recall", run.config.get("task")) and ":" not in str(name): raise ParameterError(f"task = {name!r}: {run.name} was begun with {run.config.get('task')!r}")
     try: own = task_class(name) if ":" in str(name) else None
     except LookupError as error: raise ParameterError(f"task = {name!r}: {error}") from None
     rest = {name: value for name, value in given.items() if value is not None and name not in {"task", "runs_dir", "resume"}}

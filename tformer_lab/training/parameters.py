@@ -11,7 +11,7 @@ from difflib import get_close_matches
 from types import ModuleType
 from typing import Any, Literal
 
-from pydantic import ConfigDict, Field, ValidationError
+from pydantic import ConfigDict, Field, ValidationError, model_validator
 from pydantic.dataclasses import dataclass
 
 from ..tasks.task import Task, task_class
@@ -27,7 +27,7 @@ class Trainer:
     steps:int = Field(2000, ge=1) # Updates
     batch_size:int = Field(512, ge=1) # Examples in a batch, over all processes
     samples:int|None = Field(None, ge=1) # Examples of a finite training set; None: fresh ones for each batch
-    population_size:int = Field(20480, ge=1) # Fresh examples that measure the population loss when the training set is finite
+    population_size:int|None = Field(None, ge=1) # With samples: fresh examples that measure the population loss; None: 20480
     optimizer:Literal["normalized_gd", "sgd", "adam", "adamw"] = "adam"
     lr:float = Field(1e-3, gt=0, allow_inf_nan=False) # Learning rate
     seed:int = Field(0, ge=0, lt=2**32) # Of the initial weights, the batches and their order
@@ -36,10 +36,15 @@ class Trainer:
     spacing:Literal["log", "linear"] = "log" # How checkpoints and evaluations are spread
     keep_weights:bool = True # Keep the weights at each checkpoint, too?
     device:Literal["auto", "cpu", "cuda", "mps"] = "auto" # auto: CUDA, then MPS, then the CPU
-    precision:Literal["float32", "bfloat16", "float16"] = "float32" # Of the arithmetic; weights stay float32
+    precision:Literal["float32", "float64", "bfloat16", "float16"] = "float32" # Of the arithmetic, and with float64 of the weights, too
     threads:int|None = Field(None, ge=1) # CPU threads; None: one below a million weights, where more only hurt
     time_limit:float|None = Field(None, gt=0) # Minutes after which everything is saved and training stops
     save_minutes:float = Field(1., gt=0) # At the longest between two saved states, from which a killed run goes on
+
+    @model_validator(mode="after")
+    def _fits(self):
+        if self.population_size and not self.samples: raise ValueError("population_size is for a finite training set: give samples, too")
+        return self
 
 # %% ../../nbs/training/parameters.ipynb #af19e2ae
 class ParameterError(ValueError):
