@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 # %% auto #0
-__all__ = ['ATTENTIONS', 'PARAMETRIZATIONS', 'OneLayerOutput', 'look_up', 'pool', 'attention_weights', 'check_one_layer',
-           'trigger_patterns', 'noise_patterns', 'OneLayer']
+__all__ = ['ATTENTIONS', 'PARAMETRIZATIONS', 'OneLayerOutput', 'look_up', 'pool', 'attention_weights', 'Attend',
+           'check_one_layer', 'trigger_patterns', 'noise_patterns', 'OneLayer']
 
 # %% ../../nbs/models/one_layer.ipynb #8b750b12
 class OneLayerOutput(NamedTuple):
@@ -30,7 +30,8 @@ def look_up(
     "For each position, the row's entry of its token plus that of the token before it"
     current, previous = rows.chunk(2, dim=1)
     found = current.gather(1, tokens)
-    return torch.cat([found[:, :1], found[:, 1:] + previous.gather(1, tokens[:, :-1])], dim=1)
+    found[:, 1:] += previous.gather(1, tokens[:, :-1])
+    return found
 
 def pool(
     weights:Tensor, # [n, length]
@@ -38,8 +39,10 @@ def pool(
     vocab_size:int,
 ) -> Tensor: # [n, 2 * vocab_size]
     "The weighted sum over positions of their embeddings"
-    zeros = weights.new_zeros(len(tokens), vocab_size)
-    return torch.cat([zeros.scatter_add(1, tokens, weights), zeros.scatter_add(1, tokens[:, :-1], weights[:, 1:])], dim=1)
+    pooled = weights.new_zeros(len(tokens), 2 * vocab_size)
+    pooled[:, :vocab_size].scatter_add_(1, tokens, weights)
+    pooled[:, vocab_size:].scatter_add_(1, tokens[:, :-1], weights[:, 1:])
+    return pooled
 
 # %% ../../nbs/models/one_layer.ipynb #1aafc333
 def attention_weights(
@@ -50,6 +53,31 @@ def attention_weights(
     if kind == "softmax": return scores.softmax(-1)
     if kind == "relu": return (scores + 1e-8).relu()  # at 0 it must let a gradient through
     return scores
+
+# %% ../../nbs/models/one_layer.ipynb #4616d474
+class Attend(torch.autograd.Function):
+    "From query rows to what attention gathers, and its weights"
+    @staticmethod
+    def forward(rows, tokens, kind):
+        weights = attention_weights(look_up(rows, tokens), kind)
+        return pool(weights, tokens, rows.shape[1] // 2), weights
+
+    @staticmethod
+    def setup_context(ctx, inputs, outputs):
+        ctx.kind = inputs[2]
+        ctx.save_for_backward(inputs[1], *outputs)
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx, grad_pooled, grad_weights):
+        tokens, pooled, weights = ctx.saved_tensors
+        grad = torch.zeros_like(weights) if grad_pooled is None else look_up(grad_pooled, tokens)
+        if grad_weights is not None: grad = grad + grad_weights
+        if ctx.kind == "softmax":  # the mean of the gradient over the weights; from g and u it is short
+            quick = grad_pooled is not None and grad_weights is None
+            grad = (grad - ((grad_pooled * pooled) if quick else (grad * weights)).sum(1, keepdim=True)) * weights
+        if ctx.kind == "relu": grad = grad * (weights > 0)
+        return pool(grad, tokens, pooled.shape[1] // 2), None, None
 
 # %% ../../nbs/models/one_layer.ipynb #187be97c
 ATTENTIONS = "linear", "softmax", "relu"
@@ -146,8 +174,7 @@ class OneLayer(nn.Module):
         "Logits of the token that follows"
         size, used = self.vocab_size, 2 * self.vocab_size
         x = self.embed_last(tokens)
-        scores = look_up(x @ self.score_matrix()[:used, :used], tokens)
-        u = pool(attention_weights(scores, self.attention), tokens, size)
+        u, _ = Attend.apply(x @ self.score_matrix()[:used, :used], tokens, self.attention)
         attended = u @ self.V[:size, :used].T
         fed = (x + self.kappa * u) @ self.feedforward_matrix()[:size, :used].T
         return OneLayerOutput(attended + fed, attended, fed)

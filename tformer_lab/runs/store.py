@@ -32,8 +32,8 @@ if TYPE_CHECKING:
 
 # %% auto #0
 __all__ = ['RunError', 'write_atomically', 'project_top', 'default_runs_dir', 'shown', 'check_name', 'unique_name', 'environment',
-           'MetricsFile', 'step_file', 'step_files', 'read_safetensors', 'Checkpoints', 'is_locked', 'now', 'Run',
-           'RunWriter', 'read_state', 'list_runs']
+           'MetricsFile', 'step_file', 'step_files', 'read_safetensors', 'StepFolder', 'Checkpoints', 'Spectra',
+           'is_locked', 'now', 'Run', 'RunWriter', 'read_state', 'list_runs']
 
 # %% ../../nbs/runs/store.ipynb #d26d6545
 class RunError(ValueError):
@@ -167,21 +167,70 @@ def read_safetensors(
         raise RunError(f"{path} is no readable safetensors file: {error}") from error
 
 # %% ../../nbs/runs/store.ipynb #f2cd28da
-class Checkpoints(Mapping):
-    "Weights by step, each read from its file when it is looked up"
+class StepFolder(Mapping):
+    "A folder of files named by step"
     def __init__(self, folder:Path): self.folder = Path(folder)
     def __iter__(self) -> Iterator[int]: return iter(step_files(self.folder))
     def __len__(self): return len(step_files(self.folder))
+    def __repr__(self): return f"{type(self).__name__}(steps {list(self)})"
+
+    def path(self, step:int) -> Path: # Raises KeyError where there is none
+        "The file of a step"
+        path = self.folder / step_file(int(step))
+        if not path.exists(): raise KeyError(f"nothing of step {step} in {self.folder}; there is something of {list(self)}")
+        return path
+
+class Checkpoints(StepFolder):
+    "Weights by step"
     def __getitem__(self,
         step:int,
     ) -> dict[str, Tensor]: # A state dict on the CPU
         "The weights at a step"
-        path = self.folder / step_file(int(step))
-        if not path.exists(): raise KeyError(f"no weights of step {step}; there are those of {list(self)}")
+        path = self.path(step)
         weights, about = read_safetensors(path, "pt")
         if about.get("step", str(step)) != str(step): raise RunError(f"{path}: it holds the weights of step {about['step']}")
         return weights
-    def __repr__(self): return f"Checkpoints(steps {list(self)})"
+
+# %% ../../nbs/runs/store.ipynb #64572f23
+class Spectra(StepFolder):
+    "Spectra by step"
+    def __init__(self, folder:Path):
+        super().__init__(folder)
+        self._read = {}
+
+    def __getitem__(self, step:int) -> SpectrumRecord:
+        "The spectra at a step"
+        path = self.path(step)
+        try: found = unpack(*read_safetensors(path, "numpy"))
+        except RunError: raise
+        except ValueError as error: raise RunError(f"{path}: {error}") from error
+        if found.step != step: raise RunError(f"{path}: it holds the spectra of step {found.step}")
+        return found
+
+    def history(self, run:str="") -> SpectrumHistory:
+        "The spectra at all steps, without files that cannot be read or are of another model"
+        found = [r for step, path in step_files(self.folder).items() if (r := self._read_again(step, path)) is not None]
+        foreign = _of_another_model(found)
+        for step in foreign: warnings.warn(f"left out: {self.folder / step_file(step)}: its matrices have other shapes", stacklevel=3)
+        return SpectrumHistory((r for r in found if r.step not in foreign), run=run)
+
+    def _read_again(self, step, path):
+        "The spectra in a file, which is opened only when it is new or has changed"
+        try:
+            stat = path.stat()
+            stamp = stat.st_mtime_ns, stat.st_size
+            if self._read.get(step, [None])[0] != stamp: self._read[step] = stamp, self[step]
+        except (FileNotFoundError, KeyError): return None  # removed a moment ago, by a recorder that goes on from an earlier step
+        except RunError as error:
+            warnings.warn(f"left out: {error}", stacklevel=4)
+            self._read[step] = stamp, None
+        return self._read[step][1]
+
+def _of_another_model(records):
+    "The steps at which a matrix has another shape than at most"
+    votes = Counter(item for r in records for item in r.shapes.items())
+    usual = dict(sorted(votes, key=votes.get))  # of each matrix the shape with the most votes comes last, and stays
+    return [r.step for r in records if any(usual[name] != shape for name, shape in r.shapes.items())]
 
 # %% ../../nbs/runs/store.ipynb #e27dd7c2
 def is_locked(
@@ -208,7 +257,7 @@ class Run:
     ):
         self.path = Path(path)
         if not (self.path / "config.yaml").is_file(): raise RunError(f"{self.path} is no run: it has no config.yaml")
-        self._metrics, self._spectra = MetricsFile(self.path / "metrics.jsonl"), {}
+        self._metrics, self._spectra = MetricsFile(self.path / "metrics.jsonl"), Spectra(self.path / "spectra")
 
     @classmethod
     def create(cls,
@@ -290,47 +339,16 @@ class Run:
         "The weights that were kept, by step"
         return Checkpoints(self.path / "checkpoints")
 
-    def spectra_at(self,
-        step:int,
-    ) -> SpectrumRecord:
+    def spectra_at(self, step:int) -> SpectrumRecord:
         "The spectra at one step"
-        path = self.path / "spectra" / step_file(int(step))
-        if not path.exists(): raise KeyError(f"no spectra of step {step}; there are those of {list(step_files(path.parent))}")
-        try: found = unpack(*read_safetensors(path, "numpy"))
-        except RunError: raise
-        except ValueError as error: raise RunError(f"{path}: {error}") from error
-        if found.step != step: raise RunError(f"{path}: it holds the spectra of step {found.step}")
-        return found
+        return self._spectra[step]
 
     @property
     def spectra(self) -> SpectrumHistory:
         "The spectra at all steps; a file that cannot be read is left out with a warning"
-        found = []
-        for step, path in step_files(self.path / "spectra").items():
-            if (r := self._read_again(step, path)) is not None: found.append(r)
-        foreign = _of_another_model(found)
-        for step in foreign: warnings.warn(f"left out: {self.path / 'spectra' / step_file(step)}: its matrices have other shapes", stacklevel=2)
-        return SpectrumHistory((r for r in found if r.step not in foreign), run=self.name)
-
-    def _read_again(self, step, path):
-        "The spectra in a file, which is opened only when it is new or has changed"
-        try:
-            stat = path.stat()
-            stamp = stat.st_mtime_ns, stat.st_size
-            if self._spectra.get(step, [None])[0] != stamp: self._spectra[step] = stamp, self.spectra_at(step)
-        except (FileNotFoundError, KeyError): return None  # removed a moment ago, by a recorder that goes on from an earlier step
-        except RunError as error:
-            warnings.warn(f"left out: {error}", stacklevel=3)
-            self._spectra[step] = stamp, None
-        return self._spectra[step][1]
+        return self._spectra.history(self.name)
 
     def __repr__(self): return f"Run({shown(self.path)!r}, {self.status})"
-
-def _of_another_model(records):
-    "The steps at which a matrix has another shape than at most"
-    votes = Counter(item for r in records for item in r.shapes.items())
-    usual = dict(sorted(votes, key=votes.get))  # of each matrix the shape with the most votes comes last, and stays
-    return [r.step for r in records if any(usual[name] != shape for name, shape in r.shapes.items())]
 
 # %% ../../nbs/runs/store.ipynb #8f6e8dcc
 class RunWriter:

@@ -11,17 +11,16 @@ import torch
 from torch import Tensor
 
 # %% auto #0
-__all__ = ['OPTIMIZERS', 'unit', 'NormalizedGD', 'make_optimizer']
+__all__ = ['OPTIMIZERS', 'frobenius_norm', 'NormalizedGD', 'make_optimizer']
 
 # %% ../../nbs/training/optimizers.ipynb #c3ad046d
-def unit(
-    gradient:Tensor, # Of any shape
-) -> Tensor: # Of Frobenius norm 1, or zero where the gradient is zero
-    "A gradient divided by its norm, however small: it is scaled first, for squares of 1e-23 are 0 in float32"
-    largest = gradient.abs().amax()
-    scaled = gradient / largest.where(largest > 0, 1)
-    norm = scaled.norm()
-    return scaled / norm.where(norm > 0, 1)
+def frobenius_norm(
+    x:Tensor, # Of any shape
+) -> Tensor: # A scalar of the same dtype
+    "The norm, however small x is: squares of 1e-23 are 0 in float32, so they are summed in float64, or scaled first"
+    if x.dtype != torch.float64 and x.device.type != "mps": return torch.linalg.vector_norm(x, dtype=torch.float64).to(x.dtype)
+    largest = torch.linalg.vector_norm(x, torch.inf)
+    return largest * torch.linalg.vector_norm(x / largest.where(largest > 0, 1))
 
 # %% ../../nbs/training/optimizers.ipynb #bb7525e7
 class NormalizedGD(torch.optim.Optimizer):
@@ -44,7 +43,8 @@ class NormalizedGD(torch.optim.Optimizer):
         for group in self.param_groups:
             for p in group["params"]:
                 if p.grad is None: continue
-                p.sub_(group["lr"] * unit(p.grad))
+                norm = frobenius_norm(p.grad)
+                p.addcdiv_(p.grad, norm.where(norm > 0, 1), value=-group["lr"])
         return loss
 
 # %% ../../nbs/training/optimizers.ipynb #1a0e74b9
