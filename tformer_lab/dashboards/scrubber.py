@@ -119,7 +119,7 @@ class Scrubber(anywidget.AnyWidget):
     def _check(self, proposal):
         value, name = proposal["value"], proposal["trait"].name
         known = {"run": self.runs, "matrix": self.matrices, "step": self.view.get("steps", [])}[name]
-        if known and value not in known: raise traitlets.TraitError(f"there is no {name} {value!r} here; there are {', '.join(map(str, known))}")
+        if (known or name == "run") and value not in known: raise traitlets.TraitError(f"there is no {name} {value!r} here; there are {', '.join(map(str, known)) or 'none'}")
         return value
 
     @traitlets.observe("run")

@@ -330,7 +330,7 @@ class Run:
         "The first step from which on the loss is below the precision it was computed in, and rounding moves the weights"
         precision = (self.config.get("trainer") or {}).get("precision")
         rows = [(row["step"], row["train/loss"]) for row in self._metrics.rows() if "train/loss" in row]
-        resolved = [i for i, (_, loss) in enumerate(rows) if not loss < _EPSILON.get(precision, 0)]
+        resolved = [i for i, (_, loss) in enumerate(rows) if not abs(loss) < _EPSILON.get(precision, 0)]  # a log-likelihood may be negative
         after = resolved[-1] + 1 if resolved else 0
         return rows[after][0] if after < len(rows) else None
 
