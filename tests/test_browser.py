@@ -64,7 +64,7 @@ def page(explore):
 
 def expected(run, matrix, step, ranks):
     """What a logarithmic axis should show: the stored values, without those that are zero to float32's precision."""
-    s = run.spectra_at(step).values[matrix].astype(np.float32)
+    s = run.spectra_at(step).spectra[matrix].values.astype(np.float32)
     return np.where(s > len(s) * np.finfo(np.float32).eps * s[0], s, np.nan)[:ranks]
 
 
@@ -122,7 +122,7 @@ def test_another_matrix_and_a_linear_scale_show_their_values_at_the_same_step(pa
     np.testing.assert_allclose(values, expected(small_run, "V", step, len(values)), rtol=1e-6)
     page.get_by_label("scale").select_option("linear")
     values = plotted(page)
-    np.testing.assert_allclose(values, small_run.spectra_at(step).values["V"][:len(values)], rtol=1e-6, atol=1e-9)
+    np.testing.assert_allclose(values, small_run.spectra_at(step).spectra["V"].values[:len(values)], rtol=1e-6, atol=1e-9)
     assert page.evaluate("document.querySelector('.scrub-spectrum')._fullLayout.yaxis.type") == "linear"
 
 

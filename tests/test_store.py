@@ -17,8 +17,9 @@ from torch import nn
 
 from tformer_lab.runs import store
 from tformer_lab.runs.recorder import SpectrumRecorder
-from tformer_lab.runs.store import Run, RunError, RunWriter, list_runs, step_file
+from tformer_lab.runs.store import Run, RunError, RunWriter, list_runs
 from tformer_lab.spectra.history import pack, record
+from tformer_lab.storage import FileError, step_file
 from tformer_lab.tasks.recall import Recall
 from tformer_lab.training.fit import fit, resumed
 
@@ -66,7 +67,7 @@ def test_run_is_readable_while_it_is_written(processes, tmp_path):
     assert process.exitcode == 0 and set(said) <= {"new", "running", "done"} and "running" in said
     assert rows == sorted(rows) and len(set(rows)) > 3 and checkpoints == sorted(checkpoints) and len(set(checkpoints)) > 3
     assert len(run.metrics) == 301 and run.spectra.steps.tolist() == list(run.checkpoints)
-    assert np.array_equal(Run(run.path).spectra_at(latest).values["W"], values)
+    assert np.array_equal(Run(run.path).spectra_at(latest).spectra["W"].values, values)
 
 
 def test_run_that_ends_while_its_status_is_read_is_not_called_interrupted(tmp_path, monkeypatch):
@@ -147,14 +148,14 @@ def test_broken_spectra_are_named_and_left_out(run, damage):
     assert np.array_equal(after["W"], before["W"][before.steps != 1])
     assert len(run.metrics) == 13 and run.checkpoints[1] and list_runs(run.path.parent)["status"].tolist() == ["done"]
     if damage is not other_model:
-        with pytest.raises(RunError, match=step_file(1)): run.spectra_at(1)
+        with pytest.raises(FileError, match=step_file(1)): run.spectra_at(1)
 
 
 @pytest.mark.parametrize("damage", [cut_short, empty, text, other_step, directory])
 def test_broken_weights_are_named_and_the_rest_is_readable(run, damage):
     file = run.path / "checkpoints" / step_file(1)
     damage(file, file.read_bytes())
-    with pytest.raises(RunError, match=step_file(1)): run.checkpoints[1]
+    with pytest.raises(FileError, match=step_file(1)): run.checkpoints[1]
     assert run.checkpoints[0].keys() == run.checkpoints[2].keys() == {"W", "V", "F"}
     assert len(run.spectra) == 5 and len(run.metrics) == 13
 
@@ -196,8 +197,8 @@ def test_pickle_as_state_is_refused_and_runs_nothing(run, tmp_path, write):
 @pytest.mark.parametrize("write", [pickled, saved_by_torch])
 def test_pickle_as_safetensors_is_refused_and_runs_nothing(run, tmp_path, write):
     for folder in ("spectra", "checkpoints"): write(Malice(tmp_path / "owned"), run.path / folder / step_file(1))
-    with pytest.raises(RunError, match=step_file(1)): run.spectra_at(1)
-    with pytest.raises(RunError, match=step_file(1)): run.checkpoints[1]
+    with pytest.raises(FileError, match=step_file(1)): run.spectra_at(1)
+    with pytest.raises(FileError, match=step_file(1)): run.checkpoints[1]
     with pytest.warns(UserWarning, match=step_file(1)): assert len(run.spectra) == 4
     assert not (tmp_path / "owned").exists()
 

@@ -13,8 +13,10 @@ from itertools import takewhile
 from pathlib import Path
 from typing import Any, Literal
 
-from .store import MetricsFile, Run, RunError, RunWriter, step_files
+from .store import MetricsFile, Run, RunError, RunWriter
 from ..spectra.history import record
+from ..spectra.matrices import weight_matrices
+from ..storage import step_files
 
 # %% auto #0
 __all__ = ['is_log_step', 'SpectrumRecorder']
@@ -43,7 +45,7 @@ class SpectrumRecorder:
     ):
         if resume and (config or optimum): raise ValueError("a run that is resumed has its config and its optimum already: leave them out")
         if not (every == "log" or (isinstance(every, int) and every > 0)): raise ValueError(f"every is {every!r}: it has to be 'log' or a positive number of steps")
-        record(model, 0)  # a model without matrices is refused before anything is written
+        if not weight_matrices(model): raise ValueError(f"{type(model).__name__} has no 2-D floating-point weights to read a spectrum from")
         self.model, self.every, self.weights = model, every, weights
         self.run = Run(path) if resume else Run.create(path, self._config(config, optimum))
         self._writer, self._cut, self._last = RunWriter(self.run), resume, -1

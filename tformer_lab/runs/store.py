@@ -13,9 +13,7 @@ import re
 import secrets
 import shutil
 import subprocess
-import warnings
-from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from datetime import datetime, timezone
 from importlib.metadata import version
 from pathlib import Path
@@ -24,42 +22,21 @@ from typing import TYPE_CHECKING, Any
 import yaml
 from filelock import FileLock, Timeout
 
-from ..spectra.history import SpectrumHistory, SpectrumRecord, pack, unpack
+from ..spectra.checkpoints import SpectraFolder
+from ..spectra.history import SpectrumHistory, SpectrumRecord, pack
+from ..storage import FileError, StepFolder, read_safetensors, step_file, write_atomically
 
 if TYPE_CHECKING:
     import pandas as pd
     from torch import Tensor
 
 # %% auto #0
-__all__ = ['RunError', 'write_atomically', 'project_top', 'default_runs_dir', 'shown', 'check_name', 'unique_name', 'environment',
-           'MetricsFile', 'step_file', 'step_files', 'read_safetensors', 'StepFolder', 'Checkpoints', 'Spectra',
-           'is_locked', 'now', 'Run', 'RunWriter', 'read_state', 'list_runs']
+__all__ = ['RunError', 'project_top', 'default_runs_dir', 'shown', 'check_name', 'unique_name', 'environment', 'MetricsFile',
+           'Checkpoints', 'is_locked', 'now', 'Run', 'RunWriter', 'read_state', 'list_runs']
 
 # %% ../../nbs/runs/store.ipynb #d26d6545
-class RunError(ValueError):
+class RunError(FileError):
     "A run's folder, or a file in it, is not what it has to be"
-    def _render_traceback_(self): return [f"RunError: {self}"]  # what IPython shows
-
-def write_atomically(
-    path:Path, # Appears whole, or stays what it was
-    data:bytes,
-) -> None:
-    "Write beside the file, flush to disk, rename"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(beside, "wb") as f:
-            f.write(data)
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(beside, path)
-    except OSError:  # a full disk, say: room is needed to tell of it
-        beside.unlink(missing_ok=True)
-        raise
-    if os.name == "posix":  # the rename is on disk only once the folder is
-        folder = os.open(path.parent, os.O_RDONLY)
-        try: os.fsync(folder)
-        finally: os.close(folder)
 
 # %% ../../nbs/runs/store.ipynb #04b1a6c1
 def project_top() -> Path:
@@ -143,43 +120,6 @@ class MetricsFile:
         if whole: self._offset, self._last = self._offset + len(whole) + 1, whole.rpartition(b"\n")[2] + b"\n"
 
 # %% ../../nbs/runs/store.ipynb #d9934ebc
-def step_file(step:int) -> str: # "00000100.safetensors"
-    "The name of a step's file"
-    return f"{step:08d}.safetensors"
-
-def step_files(
-    folder:Path,
-) -> dict[int, Path]: # By step, ascending
-    "The files of a folder that are named by a step"
-    found = {int(p.name.split(".")[0]): p for p in folder.glob("*.safetensors") if re.fullmatch(r"\d{8,18}\.safetensors", p.name)}
-    return dict(sorted(found.items()))
-
-def read_safetensors(
-    path:Path,
-    framework:str, # "numpy" or "pt"
-) -> tuple[dict[str, Any], dict[str, str]]: # Tensors by name, and the file's metadata
-    "Read a safetensors file, or say what is wrong with it"
-    from safetensors import SafetensorError, safe_open
-    try:
-        with safe_open(path, framework=framework) as f:
-            return {name: f.get_tensor(name) for name in f.keys()}, f.metadata() or {}
-    except (SafetensorError, OSError, ValueError, TypeError) as error:
-        raise RunError(f"{path} is no readable safetensors file: {error}") from error
-
-# %% ../../nbs/runs/store.ipynb #f2cd28da
-class StepFolder(Mapping):
-    "A folder of files named by step"
-    def __init__(self, folder:Path): self.folder = Path(folder)
-    def __iter__(self) -> Iterator[int]: return iter(step_files(self.folder))
-    def __len__(self): return len(step_files(self.folder))
-    def __repr__(self): return f"{type(self).__name__}(steps {list(self)})"
-
-    def path(self, step:int) -> Path: # Raises KeyError where there is none
-        "The file of a step"
-        path = self.folder / step_file(int(step))
-        if not path.exists(): raise KeyError(f"nothing of step {step} in {self.folder}; there is something of {list(self)}")
-        return path
-
 class Checkpoints(StepFolder):
     "Weights by step"
     def __getitem__(self,
@@ -188,49 +128,8 @@ class Checkpoints(StepFolder):
         "The weights at a step"
         path = self.path(step)
         weights, about = read_safetensors(path, "pt")
-        if about.get("step", str(step)) != str(step): raise RunError(f"{path}: it holds the weights of step {about['step']}")
+        if about.get("step", str(step)) != str(step): raise FileError(f"{path}: it holds the weights of step {about['step']}")
         return weights
-
-# %% ../../nbs/runs/store.ipynb #64572f23
-class Spectra(StepFolder):
-    "Spectra by step"
-    def __init__(self, folder:Path):
-        super().__init__(folder)
-        self._read = {}
-
-    def __getitem__(self, step:int) -> SpectrumRecord:
-        "The spectra at a step"
-        path = self.path(step)
-        try: found = unpack(*read_safetensors(path, "numpy"))
-        except RunError: raise
-        except ValueError as error: raise RunError(f"{path}: {error}") from error
-        if found.step != step: raise RunError(f"{path}: it holds the spectra of step {found.step}")
-        return found
-
-    def history(self, run:str="") -> SpectrumHistory:
-        "The spectra at all steps, without files that cannot be read or are of another model"
-        found = [r for step, path in step_files(self.folder).items() if (r := self._read_again(step, path)) is not None]
-        foreign = _of_another_model(found)
-        for step in foreign: warnings.warn(f"left out: {self.folder / step_file(step)}: its matrices have other shapes", stacklevel=3)
-        return SpectrumHistory((r for r in found if r.step not in foreign), run=run)
-
-    def _read_again(self, step, path):
-        "The spectra in a file, which is opened only when it is new or has changed"
-        try:
-            stat = path.stat()
-            stamp = stat.st_mtime_ns, stat.st_size
-            if self._read.get(step, [None])[0] != stamp: self._read[step] = stamp, self[step]
-        except (FileNotFoundError, KeyError): return None  # removed a moment ago, by a recorder that goes on from an earlier step
-        except RunError as error:
-            warnings.warn(f"left out: {error}", stacklevel=4)
-            self._read[step] = stamp, None
-        return self._read[step][1]
-
-def _of_another_model(records):
-    "The steps at which a matrix has another shape than at most"
-    votes = Counter(item for r in records for item in r.shapes.items())
-    usual = dict(sorted(votes, key=votes.get))  # of each matrix the shape with the most votes comes last, and stays
-    return [r.step for r in records if any(usual[name] != shape for name, shape in r.shapes.items())]
 
 # %% ../../nbs/runs/store.ipynb #e27dd7c2
 def is_locked(
@@ -257,7 +156,7 @@ class Run:
     ):
         self.path = Path(path)
         if not (self.path / "config.yaml").is_file(): raise RunError(f"{self.path} is no run: it has no config.yaml")
-        self._metrics, self._spectra = MetricsFile(self.path / "metrics.jsonl"), Spectra(self.path / "spectra")
+        self._metrics, self._spectra = MetricsFile(self.path / "metrics.jsonl"), SpectraFolder(self.path / "spectra")
 
     @classmethod
     def create(cls,
@@ -472,7 +371,7 @@ def list_runs(
     for path in sorted(folder.iterdir()) if folder.is_dir() else []:
         try:
             if not path.name.startswith(".") and (path / "config.yaml").is_file(): rows.append(_row(path))
-        except (RunError, OSError, TypeError, LookupError, AttributeError) as error:
+        except (FileError, OSError, TypeError, LookupError, AttributeError) as error:
             rows.append({"run": path.name, "status": "unreadable", "created": "", "error": str(error)})
     columns = ["run", "task", "status", "step", "train/loss", "optimum", "excess", "created", "error"]
     table = pd.DataFrame(rows, columns=columns)

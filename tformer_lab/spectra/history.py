@@ -12,53 +12,61 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from .matrices import singular_values, weight_matrices
-from .metrics import METRICS
+from .decomposition import MatrixSpectrum, read_spectra
+from .matrices import weight_matrices
+from .metrics import metric_arrays
+from .tails import fit_power_law
 
 if TYPE_CHECKING: import pandas as pd
 
 # %% auto #0
-__all__ = ['FORMAT', 'SpectrumRecord', 'record', 'pack', 'unpack', 'SpectrumHistory']
+__all__ = ['FORMAT', 'TAIL_COLUMNS', 'SpectrumRecord', 'record', 'pack', 'check_descending', 'unpack', 'MatrixHistory',
+           'SpectrumHistory', 'metrics_table']
 
 # %% ../../nbs/spectra/history.ipynb #bb75f0cd
 @dataclass(frozen=True)
 class SpectrumRecord:
-    "The singular values of a model's matrices at one step"
+    "The spectra of a model's matrices at one step"
     step:int # Updates done before
-    values:dict[str, np.ndarray] # [rank] float64, descending, by matrix
-    shapes:dict[str, tuple[int, int]] # Rows and columns, by matrix
-    variances:dict[str, float] # Variance of the entries, by matrix
+    spectra:dict[str, MatrixSpectrum] # By matrix
 
 def record(
-    model, # An nn.Module or a state dict
+    model, # An nn.Module, a state dict, or anything else that `weight_matrices` takes
     step:int, # Updates done before
+    **options, # For `weight_matrices`
 ) -> SpectrumRecord:
     "Read the spectra of a model"
-    matrices = weight_matrices(model)
+    matrices = weight_matrices(model, **options)
     if not matrices: raise ValueError(f"{type(model).__name__} has no 2-D floating-point weights to read a spectrum from")
-    return SpectrumRecord(int(step), singular_values(matrices), {name: tuple(m.shape) for name, m in matrices.items()},
-                          {name: float(m.double().var(correction=0)) if m.numel() else float("nan") for name, m in matrices.items()})
+    found = dict(read_spectra(matrices))
+    return SpectrumRecord(int(step), {name: found[name] for name in matrices})
 
 # %% ../../nbs/spectra/history.ipynb #ea289797
-FORMAT = 1
+FORMAT = 2
 
 def pack(
     record:SpectrumRecord,
 ) -> tuple[dict[str, np.ndarray], dict[str, str]]: # Tensors and metadata for safetensors
     "A record as a few tensors, with the names in the metadata"
-    rows:dict[int, list[str]] = {}
-    for name, s in record.values.items(): rows.setdefault(len(s), []).append(name)
-    tensors = {f"rank_{r}": np.stack([record.values[name] for name in names]) for r, names in rows.items()}
-    about = [{"name": name, "shape": list(record.shapes[name]), "variance": record.variances[name]} for name in record.values]
-    return tensors, {"format": str(FORMAT), "step": str(record.step), "matrices": json.dumps(about)}
+    rows:dict[int, list[np.ndarray]] = {}
+    for s in record.spectra.values(): rows.setdefault(len(s.values), []).append(s.values)
+    about = [{"name": name, "shape": list(s.shape), "rank": len(s.values), "variance": s.variance, "precision": s.precision} for name, s in record.spectra.items()]
+    return {f"rank_{r}": np.stack(values) for r, values in rows.items()}, {"format": str(FORMAT), "step": str(record.step), "matrices": json.dumps(about)}
 
-def _check_row(about, tensors):
+def check_descending(
+    values:np.ndarray, # [..., r]
+    what:str, # For the error
+) -> None: # Raises ValueError
+    "Refuse what cannot be singular values; NaN is a spectrum that could not be read"
+    if (values < 0).any() or (values[..., 1:] > values[..., :-1]).any(): raise ValueError(f"values of {what} are negative, or not in descending order")
+
+def _described(about):
+    "Name, shape, rank, variance and precision of a matrix in a file"
     name, (rows, columns) = about["name"], about["shape"]
     if not isinstance(name, str): raise ValueError("a matrix without a name")
-    stack = tensors[f"rank_{min(rows, columns)}"]
-    if stack.ndim != 2 or stack.shape[1] != min(rows, columns): raise ValueError(f"{name} is {rows} × {columns}, and its values are {stack.shape}")
-    if (stack < 0).any() or (stack[:, 1:] > stack[:, :-1]).any(): raise ValueError(f"values of {name} are negative, or not in descending order")
-    return name, (int(rows), int(columns)), float(about["variance"]), stack
+    rank, precision = about.get("rank", min(rows, columns)), about.get("precision", float(np.finfo(np.float32).eps))
+    if not 0 <= int(rank) <= min(rows, columns): raise ValueError(f"{name} is {rows} × {columns}, and has {rank} values")
+    return name, (int(rows), int(columns)), int(rank), float(about["variance"]), float(precision)
 
 def unpack(
     tensors:Mapping[str, np.ndarray], # As `pack` made them
@@ -67,87 +75,174 @@ def unpack(
     "Read a record back from a file's tensors and metadata"
     try:
         if int(metadata["format"]) > FORMAT: raise ValueError(f"format {metadata['format']} is newer than this version's {FORMAT}")
-        rows = [_check_row(about, tensors) for about in json.loads(metadata["matrices"])]
-        taken = {name: 0 for name in tensors}
-        values = {}
-        for name, shape, _, stack in rows:
-            values[name] = np.asarray(stack[taken[f"rank_{min(shape)}"]], dtype=float)
-            taken[f"rank_{min(shape)}"] += 1
-        return SpectrumRecord(int(metadata["step"]), values, {r[0]: r[1] for r in rows}, {r[0]: r[2] for r in rows})
-    except (KeyError, IndexError, TypeError, ValueError) as error:
+        rows = [_described(about) for about in json.loads(metadata["matrices"])]
+        for key, stack in tensors.items():
+            if stack.ndim != 2 or key != f"rank_{stack.shape[1]}": raise ValueError(f"{key} holds values {list(stack.shape)}")
+            check_descending(stack, key)
+        left = {key: iter(np.asarray(stack, dtype=float)) for key, stack in tensors.items()}
+        return SpectrumRecord(int(metadata["step"]), {name: MatrixSpectrum(next(left[f"rank_{rank}"]), shape, variance, precision) for name, shape, rank, variance, precision in rows})
+    except (KeyError, StopIteration, TypeError, ValueError) as error:
         raise ValueError(f"these are no recorded spectra: {type(error).__name__}: {error}") from error
 
 # %% ../../nbs/spectra/history.ipynb #1e118d54
+@dataclass(frozen=True)
+class MatrixHistory:
+    "One matrix over training"
+    values:np.ndarray # [checkpoints, rank] float64, descending along the ranks
+    variances:np.ndarray # [checkpoints] of the entries
+    shape:tuple[int, int] # Rows and columns
+    precision:float # Relative precision of the entries' type; of several the coarsest
+
+def _reordered(matrix, order, known):
+    "The rows of a matrix's history in another order; NaN where `known` says that there is none"
+    values, variances = matrix.values[order], matrix.variances[order]
+    if not known.all(): values[~known], variances[~known] = np.nan, np.nan
+    return MatrixHistory(values, variances, matrix.shape, matrix.precision)
+
+def _stacked(records, name):
+    "A matrix's history from records"
+    present = [r.spectra[name] for r in records if name in r.spectra]
+    shape, rank, precision = present[0].shape, len(present[0].values), max(s.precision for s in present)
+    missing = MatrixSpectrum(np.full(rank, np.nan), shape, np.nan, precision)
+    rows = [r.spectra.get(name, missing) for r in records]
+    return MatrixHistory(np.stack([s.values for s in rows]), np.array([s.variance for s in rows]), shape, precision)
+
+def _joined(first, second, kept, added):
+    "One after the other, either of which may be missing"
+    if first is None: first = MatrixHistory(np.full((kept, second.values.shape[1]), np.nan), np.full(kept, np.nan), second.shape, second.precision)
+    if second is None: second = MatrixHistory(np.full((added, first.values.shape[1]), np.nan), np.full(added, np.nan), first.shape, first.precision)
+    return MatrixHistory(np.concatenate([first.values, second.values]), np.concatenate([first.variances, second.variances]), first.shape, max(first.precision, second.precision))
+
+# %% ../../nbs/spectra/history.ipynb #6a8828b8
 class SpectrumHistory:
     "Singular values of named matrices over training"
     def __init__(self,
         records:Iterable[SpectrumRecord]=(), # In any order; of two with one step the later one counts
         run:str="", # Name to put into tables
     ):
-        self.run, self._records, self._shapes, self._stacks = run, {}, {}, {}
-        for r in records: self._put(r)
+        self.run, self._new = run, {}
+        self._steps, self._matrices, self._kinds = np.zeros(0, np.int64), {}, {}
+        for r in records: self.add(r)
 
-    def _put(self, r):
-        for name, shape in r.shapes.items():
-            if self._shapes.get(name, shape) != shape:
-                raise ValueError(f"{name} is {shape} at step {r.step}, and {self._shapes[name]} at other steps")
-        self._shapes |= r.shapes
-        self._records[r.step] = r
-        self._stacks.clear()
+    @classmethod
+    def from_arrays(cls,
+        steps:np.ndarray, # [checkpoints] ascending
+        matrices:Mapping[str, MatrixHistory], # By name
+        run:str="", # Name to put into tables
+    ) -> SpectrumHistory:
+        "A history from arrays that are in order already"
+        history = cls(run=run)
+        history._steps, history._matrices = np.asarray(steps, np.int64), dict(matrices)
+        history._kinds = {name: (m.shape, m.values.shape[1]) for name, m in matrices.items()}
+        return history
+
+    def add(self,
+        record:SpectrumRecord, # Of the same model
+    ) -> None: # Raises ValueError where a matrix has another shape than before
+        "Add the spectra of a step; they replace those of the same step"
+        for name, s in record.spectra.items():
+            shape, rank = self._kinds.get(name, (s.shape, len(s.values)))
+            if (shape, rank) != (s.shape, len(s.values)): raise ValueError(f"{name} is {s.shape} at step {record.step}, and {shape} at other steps")
+        self._kinds |= {name: (s.shape, len(s.values)) for name, s in record.spectra.items()}
+        self._new[record.step] = record
 
     def record(self,
-        model, # An nn.Module or a state dict
+        model, # An nn.Module, a state dict, or anything else that `weight_matrices` takes
         step:int, # Updates done before
     ) -> SpectrumRecord:
         "Read the spectra of a model as it is now and add them"
-        self._put(r := record(model, step))
+        self.add(r := record(model, step))
         return r
+
+    def _merge(self):
+        "Take the records that were added since into the arrays"
+        if not self._new: return
+        records, self._new = list(self._new.values()), {}
+        kept = ~np.isin(self._steps, [r.step for r in records])
+        steps = np.concatenate([self._steps[kept], np.array([r.step for r in records], np.int64)])
+        order = np.argsort(steps)
+        merged = {}
+        for name in self._kinds:
+            before = self._matrices.get(name)
+            if before is not None and not kept.all(): before = _reordered(before, np.flatnonzero(kept), np.ones(kept.sum(), bool))
+            after = _stacked(records, name) if any(name in r.spectra for r in records) else None
+            merged[name] = _reordered(_joined(before, after, int(kept.sum()), len(records)), order, np.ones(len(order), bool))
+        self._steps, self._matrices = steps[order], merged
 
     @property
     def steps(self) -> np.ndarray: # [checkpoints] int64, ascending
         "The steps that were recorded"
-        return np.array(sorted(self._records), dtype=np.int64)
-
-    @property
-    def records(self) -> list[SpectrumRecord]:
-        "The records in the order of their steps"
-        return [self._records[step] for step in sorted(self._records)]
+        self._merge()
+        return self._steps
 
     @property
     def shapes(self) -> dict[str, tuple[int, int]]: # Rows and columns by matrix
         "The matrices' shapes, in the model's order"
-        return dict(self._shapes)
+        return {name: shape for name, (shape, _) in self._kinds.items()}
 
     @property
     def matrices(self) -> list[str]:
         "The names of the matrices, in the model's order"
-        return list(self._shapes)
+        return list(self._kinds)
 
-    def __len__(self): return len(self._records)
+    def __len__(self): return len(self.steps)
 
-    def __getitem__(self,
+    def matrix(self,
         name:str, # A matrix
-    ) -> np.ndarray: # [checkpoints, rank] float64, descending along the ranks
+    ) -> MatrixHistory:
+        "All that is kept of one matrix"
+        if name not in self._kinds: raise KeyError(f"no matrix {name!r}; there are {', '.join(self.matrices) or 'none'}")
+        self._merge()
+        return self._matrices[name]
+
+    def __getitem__(self, name:str) -> np.ndarray: # [checkpoints, rank] float64, descending along the ranks
         "The singular values of one matrix at every checkpoint"
-        if name not in self._stacks:
-            if name not in self._shapes: raise KeyError(f"no matrix {name!r}; there are {', '.join(self.matrices) or 'none'}")
-            missing = np.full(min(self._shapes[name]), np.nan)
-            self._stacks[name] = np.stack([r.values.get(name, missing) for r in self.records])
-        return self._stacks[name]
+        return self.matrix(name).values
 
     def variances(self,
         name:str, # A matrix
     ) -> np.ndarray: # [checkpoints]
         "The variance of one matrix's entries at every checkpoint"
-        return np.array([r.variances.get(name, np.nan) for r in self.records])
+        return self.matrix(name).variances
 
-    def metrics(self) -> pd.DataFrame: # run, step, matrix, metric, value
+    def metrics(self,
+        tails:bool=False, # Fits of power laws, too?
+    ) -> pd.DataFrame: # run, step, matrix, metric, value
         "Every spectral metric of every matrix at every checkpoint, tidy"
-        import pandas as pd
-        parts = [pd.DataFrame({"run": self.run, "step": self.steps, "matrix": name, "metric": metric, "value": function(self[name])})
-                 for name in self.matrices for metric, function in METRICS.items()]
-        return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame(columns=["run", "step", "matrix", "metric", "value"])
+        return metrics_table(self, tails)
 
     def __repr__(self):
         steps = f"steps {self.steps[0]} to {self.steps[-1]}" if len(self) else "no steps"
         return f"SpectrumHistory({len(self)} checkpoints, {steps}, {len(self.matrices)} matrices)"
+
+# %% ../../nbs/spectra/history.ipynb #ba552c91
+TAIL_COLUMNS = ("alpha", "alpha_mle", "sigma", "xmin", "ks", "n_tail")
+
+def _metric_stacks(history, tails):
+    "Names of equally long spectra in one precision, with arrays [metrics, matrices, checkpoints] of their metrics"
+    groups:dict[tuple, list[str]] = {}
+    for name in history.matrices: groups.setdefault((history[name].shape[1], history.matrix(name).precision), []).append(name)
+    for (rank, precision), names in groups.items():
+        s = np.stack([history[name] for name in names])
+        found = metric_arrays(s, precision)
+        if tails: found |= _tail_arrays(s, precision)
+        yield names, found
+
+def _tail_arrays(s, precision):
+    fits = fit_power_law(s**2, floor=min(.5, (s.shape[-1] * precision)**2))
+    return {f"tail_{name}": fits[name].to_numpy(float).reshape(s.shape[:-1]) for name in TAIL_COLUMNS}
+
+def metrics_table(
+    history:SpectrumHistory,
+    tails:bool=False, # Fits of power laws, too?
+) -> pd.DataFrame: # run, step, matrix, metric, value
+    "Every spectral metric of every matrix at every checkpoint, tidy; by matrix, then metric, then step"
+    import pandas as pd
+    found = {name: {metric: values[i] for metric, values in arrays.items()} for names, arrays in _metric_stacks(history, tails) for i, name in enumerate(names)}
+    metrics = list(next(iter(found.values()), {}))
+    n, k, m = len(history), len(history.matrices), len(metrics)
+    values = [found[name][metric] for name in history.matrices for metric in metrics]
+    category = lambda codes, names: pd.Categorical.from_codes(codes, names)
+    return pd.DataFrame({"run": category(np.zeros(n * k * m, np.int8), [history.run]), "step": np.tile(history.steps, k * m),
+                         "matrix": category(np.repeat(np.arange(k), m * n), history.matrices), "metric": category(np.tile(np.repeat(np.arange(m), n), k), metrics),
+                         "value": np.concatenate(values) if values else np.zeros(0)})

@@ -5,109 +5,241 @@
 # %% ../../nbs/spectra/metrics.ipynb #147ccbfc
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 from array_api_compat import array_namespace
 
 # %% auto #0
-__all__ = ['Array', 'METRICS', 'as_spectrum', 'relative', 'shares', 'stable_rank', 'entropy', 'spectral_entropy',
-           'effective_rank', 'decay_exponent', 'spectral_metrics']
+__all__ = ['Array', 'METRICS', 'QUARTILES', 'Spectrum', 'as_spectrum', 'spectral_norm', 'frobenius_norm', 'stable_rank',
+           'participation_ratio', 'entropy_of_shares', 'spectral_entropy', 'entropy_rank', 'effective_rank',
+           'numerical_rank', 'condition_number', 'decay_exponent', 'decay_r2', 'quantiles', 'inverse_participation',
+           'metric_arrays', 'spectral_metrics']
 
 # %% ../../nbs/spectra/metrics.ipynb #5cfdaaa1
 Array = Any  # a numpy array or a torch tensor
 
+class Spectrum:
+    "Singular values that were checked, with what several metrics need of them"
+    def __init__(self,
+        values:Array, # [..., r] floating point, descending; NaN throughout where one was not finite
+        xp:Any, # numpy or torch, as array_api_compat gives it
+        precision:float, # Relative precision of the matrix's entries
+    ):
+        self.values, self.xp, self.precision = values, xp, precision
+
+    @cached_property
+    def relative(self) -> Array: # [..., r] from 0 to 1
+        "Values in units of the largest, whose squares neither overflow nor underflow; a zero matrix stays zero"
+        largest = self.values[..., :1]
+        return self.values / self.xp.where(largest == 0, self.xp.ones_like(largest), largest)
+
+    @cached_property
+    def energy(self) -> Array: # [..., r]
+        "Squares of the relative values: eigenvalues of the Gram matrix in units of the largest"
+        return self.relative * self.relative
+
+    @cached_property
+    def total_energy(self) -> Array: # [...] NaN for a zero matrix
+        "Sum of the relative squares"
+        total = self.xp.sum(self.energy, axis=-1)
+        return self.nan_where(total == 0, total)
+
+    @cached_property
+    def is_zero(self) -> Array: # [..., r] bool
+        "Which values are zero to the entries' precision"
+        return ~(self.relative > self.values.shape[-1] * self.precision)
+
+    def nan_where(self, undefined:Array, value:Array) -> Array:
+        "The value, or NaN"
+        return self.xp.where(undefined, self.xp.asarray(float("nan"), dtype=value.dtype, device=value.device), value)
+
+    def undefined(self) -> Array: # [...]
+        "NaN for every spectrum"
+        return self.xp.sum(self.values, axis=-1) * float("nan")
+
 def as_spectrum(
-    s:Array, # [..., r] singular values, descending
-) -> tuple[Array, Any]: # The values in floating point, and the namespace (numpy or torch) they live in
+    s:Array|Spectrum, # [..., r] singular values, descending
+    precision:float|None=None, # Relative precision of the matrix's entries; that of the values' type if not given
+) -> Spectrum:
     "Take singular values as they come, and refuse what cannot be any"
+    if isinstance(s, Spectrum): return s
     if isinstance(s, (list, tuple)): s = np.asarray(s, dtype=float)
     xp = array_namespace(s)
     if s.ndim < 1: raise ValueError("singular values have to be an array [..., r]; this is a single number")
     if not xp.isdtype(s.dtype, "real floating"): s = xp.astype(s, xp.float64)
     if s.shape[-1] > 1 and xp.any(s[..., 1:] > s[..., :-1]): raise ValueError("singular values have to be in descending order along the last axis")
     if xp.any(s < 0): raise ValueError("singular values cannot be negative")
-    return _nan_where(~xp.all(xp.isfinite(s), axis=-1, keepdims=True), s, xp), xp
-
-def _nan_where(undefined, value, xp):
-    return xp.where(undefined, xp.asarray(float("nan"), dtype=value.dtype, device=value.device), value)
-
-def relative(
-    s:Array, # [..., r] singular values, descending
-    xp:Any, # numpy or torch
-) -> Array: # [..., r] from 0 to 1
-    "Values in units of the largest, whose squares neither overflow nor underflow; a zero matrix stays zero"
-    largest = s[..., :1]
-    return s / xp.where(largest == 0, xp.ones_like(largest), largest)
-
-def shares(
-    x:Array, # [..., r] not negative
-    xp:Any, # numpy or torch
-) -> Array: # [..., r], adding up to 1; NaN where the sum is 0
-    "Each entry's share of the sum"
-    total = xp.sum(x, axis=-1, keepdims=True)
-    return _nan_where(total == 0, x / xp.where(total == 0, xp.ones_like(total), total), xp)
+    checked = Spectrum(s, xp, float(xp.finfo(s.dtype).eps) if precision is None else precision)
+    broken = ~xp.isfinite(xp.sum(s, axis=-1, keepdims=True))
+    if xp.any(broken): checked.values = checked.nan_where(broken & ~xp.all(xp.isfinite(s), axis=-1, keepdims=True), s)
+    return checked
 
 # %% ../../nbs/spectra/metrics.ipynb #2b320472
-def stable_rank(
-    s:Array, # [..., r] singular values, descending
-) -> Array: # [...] from 1 to r
-    "Sum of the squares over the largest square"
-    s, xp = as_spectrum(s)
-    total = xp.sum(relative(s, xp)**2, axis=-1)
-    return _nan_where(total == 0, total, xp)
+def spectral_norm(
+    s:Array|Spectrum, # [..., r] singular values, descending
+) -> Array: # [...]
+    "The largest singular value"
+    s = as_spectrum(s)
+    return s.values[..., 0] if s.values.shape[-1] else s.undefined()
+
+def frobenius_norm(
+    s:Array|Spectrum, # [..., r] singular values, descending
+) -> Array: # [...]
+    "Root of the sum of the squares"
+    s = as_spectrum(s)
+    return spectral_norm(s) * s.xp.sqrt(s.xp.sum(s.energy, axis=-1))
 
 # %% ../../nbs/spectra/metrics.ipynb #74d2428a
-def entropy(
-    p:Array, # [..., r] shares
-    xp:Any, # numpy or torch
-) -> Array: # [...] in nats
-    "Shannon's entropy, with 0 ln 0 = 0; NaN where there are no shares"
-    if p.shape[-1] == 0: return xp.sum(p, axis=-1) * float("nan")
-    return -xp.sum(p * xp.log(xp.where(p == 0, xp.ones_like(p), p)), axis=-1)
-
-def spectral_entropy(
-    s:Array, # [..., r] singular values, descending
-) -> Array: # [...] in nats, from 0 to ln r
-    "Entropy of the shares of the squared singular values"
-    s, xp = as_spectrum(s)
-    return entropy(shares(relative(s, xp)**2, xp), xp)
-
-def effective_rank(
-    s:Array, # [..., r] singular values, descending
+def stable_rank(
+    s:Array|Spectrum, # [..., r] singular values, descending
 ) -> Array: # [...] from 1 to r
-    "Exponential of the entropy of s / sum s (Roy and Vetterli 2007)"
-    s, xp = as_spectrum(s)
-    return xp.exp(entropy(shares(relative(s, xp), xp), xp))
+    "Sum of the squares over the largest square"
+    s = as_spectrum(s)
+    return s.total_energy
+
+def participation_ratio(
+    s:Array|Spectrum, # [..., r] singular values, descending
+) -> Array: # [...] from 1 to r
+    "Square of the sum of the squares over the sum of the fourth powers"
+    s = as_spectrum(s)
+    return s.total_energy**2 / s.xp.sum(s.energy**2, axis=-1) if s.values.shape[-1] else s.undefined()
 
 # %% ../../nbs/spectra/metrics.ipynb #ca83b42d
-def decay_exponent(
-    s:Array, # [..., r] singular values, descending
-) -> Array: # [...] positive where the spectrum falls
-    "Minus the slope of log s against log rank over 10% to 60% of the ranks"
-    s, xp = as_spectrum(s)
-    r = s.shape[-1]
-    if r < 8: return xp.sum(s, axis=-1) * float("nan")
+def entropy_of_shares(
+    x:Array, # [..., r] not negative
+    xp:Any, # numpy or torch
+) -> Array: # [...] in nats
+    "Shannon's entropy of each entry's share of the sum, with 0 ln 0 = 0; NaN where the sum is 0"
+    total = xp.sum(x, axis=-1)
+    nothing = total == 0
+    logarithms = xp.log(xp.where(x == 0, xp.ones_like(x), x))
+    h = xp.log(xp.where(nothing, xp.ones_like(total), total)) - xp.sum(x * logarithms, axis=-1) / xp.where(nothing, xp.ones_like(total), total)
+    return xp.where(nothing, xp.asarray(float("nan"), dtype=h.dtype, device=h.device), xp.maximum(h, xp.zeros_like(h)))
+
+def spectral_entropy(
+    s:Array|Spectrum, # [..., r] singular values, descending
+) -> Array: # [...] in nats, from 0 to ln r
+    "Entropy of the shares of the squared singular values"
+    s = as_spectrum(s)
+    return entropy_of_shares(s.energy, s.xp)
+
+def entropy_rank(
+    s:Array|Spectrum, # [..., r] singular values, descending
+) -> Array: # [...] from 1 to r
+    "Exponential of the spectral entropy"
+    s = as_spectrum(s)
+    return s.xp.exp(spectral_entropy(s))
+
+def effective_rank(
+    s:Array|Spectrum, # [..., r] singular values, descending
+) -> Array: # [...] from 1 to r
+    "Exponential of the entropy of s / sum s (Roy and Vetterli 2007)"
+    s = as_spectrum(s)
+    return s.xp.exp(entropy_of_shares(s.relative, s.xp))
+
+# %% ../../nbs/spectra/metrics.ipynb #207b44ff
+def numerical_rank(
+    s:Array|Spectrum, # [..., r] singular values, descending
+    precision:float|None=None, # Relative precision of the matrix's entries; that of the values' type if not given
+) -> Array: # [...] from 0 to r, as floating point
+    "How many values are not zero to the entries' precision"
+    s = as_spectrum(s, precision)
+    if not s.values.shape[-1]: return s.undefined()
+    count = s.xp.sum(s.xp.astype(~s.is_zero, s.values.dtype), axis=-1)
+    return s.nan_where(s.xp.isnan(s.values[..., 0]), count)
+
+def condition_number(
+    s:Array|Spectrum, # [..., r] singular values, descending
+    precision:float|None=None, # Relative precision of the matrix's entries; that of the values' type if not given
+) -> Array: # [...] 1 or more; infinite where the matrix is singular, NaN where it is zero
+    "The largest value over the smallest"
+    s = as_spectrum(s, precision)
+    if not s.values.shape[-1]: return s.undefined()
+    smallest, one = s.relative[..., -1], s.xp.ones_like(s.relative[..., -1])
+    ratio = s.xp.where(s.is_zero[..., -1], one * float("inf"), one / s.xp.where(s.is_zero[..., -1], one, smallest))
+    return s.nan_where(~(s.values[..., 0] > 0), ratio)
+
+# %% ../../nbs/spectra/metrics.ipynb #1ed72867
+def _decay(s, xp):
+    "Slope of log s against log rank, and the sums of squares that it explains and that there are"
+    r = s.values.shape[-1]
     start = max(1, int(.1 * r))
     stop = min(max(start + 6, int(.6 * r)), r)
-    rank = xp.log(xp.arange(start + 1, stop + 1, dtype=s.dtype, device=getattr(s, "device", None)))
+    rank = xp.log(xp.arange(start + 1, stop + 1, dtype=s.values.dtype, device=getattr(s.values, "device", None)))
     rank = rank - xp.mean(rank)
-    part = s[..., start:stop]
-    zero = ~(part > r * xp.finfo(s.dtype).eps * s[..., :1])
-    slope = xp.sum(rank * xp.log(xp.where(zero, xp.ones_like(part), part)), axis=-1) / xp.sum(rank**2)
-    return _nan_where(xp.any(zero, axis=-1), -slope, xp)
+    part, zero = s.relative[..., start:stop], s.is_zero[..., start:stop]
+    height = xp.log(xp.where(zero, xp.ones_like(part), part))
+    height = height - xp.mean(height, axis=-1, keepdims=True)
+    slope = s.nan_where(xp.any(zero, axis=-1), xp.sum(rank * height, axis=-1) / xp.sum(rank**2))
+    return slope, slope**2 * xp.sum(rank**2), xp.sum(height**2, axis=-1)
+
+def decay_exponent(
+    s:Array|Spectrum, # [..., r] singular values, descending
+) -> Array: # [...] positive where the spectrum falls
+    "Minus the slope of log s against log rank over 10% to 60% of the ranks"
+    s = as_spectrum(s)
+    return -_decay(s, s.xp)[0] if s.values.shape[-1] >= 8 else s.undefined()
+
+def decay_r2(
+    s:Array|Spectrum, # [..., r] singular values, descending
+) -> Array: # [...] from 0 to 1
+    "Share of the variance of log s over 10% to 60% of the ranks that a power law explains"
+    s = as_spectrum(s)
+    if s.values.shape[-1] < 8: return s.undefined()
+    _, explained, total = _decay(s, s.xp)
+    flat = total <= s.values.shape[-1] * s.xp.finfo(s.values.dtype).eps**2
+    return s.nan_where(flat, explained / s.xp.where(flat, s.xp.ones_like(total), total))
+
+# %% ../../nbs/spectra/metrics.ipynb #a136c4f7
+def quantiles(
+    s:Array|Spectrum, # [..., r] singular values, descending
+    levels:Sequence[float]=(.25, .5, .75), # Shares of the values that lie below, from 0 to 1
+) -> Array: # [..., len(levels)]
+    "Quantiles of the singular values"
+    s = as_spectrum(s)
+    if any(not 0 <= level <= 1 for level in levels): raise ValueError(f"levels are {tuple(levels)}: each has to be from 0 to 1")
+    r, columns = s.values.shape[-1], []
+    if r == 0: return s.xp.stack([s.undefined() for _ in levels], axis=-1)
+    for level in levels:
+        place = (r - 1) * (1 - level)
+        below, part = min(int(place), max(r - 2, 0)), 0. if r == 1 else place - min(int(place), r - 2)
+        columns.append(s.values[..., below] * (1 - part) + s.values[..., min(below + 1, r - 1)] * part)
+    return s.xp.stack(columns, axis=-1)
+
+# %% ../../nbs/spectra/metrics.ipynb #e10028d8
+def inverse_participation(
+    vectors:Array, # [..., n, k] vectors in columns, of any length but zero
+) -> Array: # [..., k] from 1/n to 1
+    "How localized each vector is on few of its entries"
+    xp = array_namespace(vectors)
+    if vectors.ndim < 2: raise ValueError("vectors have to be columns of an array [..., n, k]")
+    squares = vectors**2
+    return xp.sum(squares**2, axis=-2) / xp.sum(squares, axis=-2)**2
 
 # %% ../../nbs/spectra/metrics.ipynb #baf0f049
-METRICS:dict[str, Callable] = {"spectral_entropy": spectral_entropy, "effective_rank": effective_rank,
-                               "stable_rank": stable_rank, "decay_exponent": decay_exponent}
+METRICS:dict[str, Callable] = {function.__name__: function for function in (
+    spectral_norm, frobenius_norm, stable_rank, participation_ratio, spectral_entropy, entropy_rank, effective_rank,
+    numerical_rank, condition_number, decay_exponent, decay_r2)}
+QUARTILES = ("lower_quartile", "median", "upper_quartile")
+
+def metric_arrays(
+    s:Array|Spectrum, # [..., r] singular values, descending
+    precision:float|None=None, # Relative precision of the matrix's entries; that of the values' type if not given
+) -> dict[str, np.ndarray]: # [...] float64 by metric
+    "Every metric, by name"
+    s = as_spectrum(s, precision)
+    found = {name: metric(s) for name, metric in METRICS.items()} | dict(zip(QUARTILES, s.xp.moveaxis(quantiles(s), -1, 0)))
+    return {name: np.asarray(value.cpu() if hasattr(value, "cpu") else value, dtype=float) for name, value in found.items()}
 
 def spectral_metrics(
-    s:Array, # [..., r] singular values, descending
+    s:Array|Spectrum, # [..., r] singular values, descending
+    precision:float|None=None, # Relative precision of the matrix's entries; that of the values' type if not given
 ): # dict of floats for one spectrum; for a batch a DataFrame, a row a spectrum, leading dimensions flattened
     "Every metric of one spectrum or of many"
-    s, xp = as_spectrum(s)
-    values = {name: np.asarray(metric(s).tolist(), dtype=float) for name, metric in METRICS.items()}
-    if s.ndim == 1: return {name: float(value) for name, value in values.items()}
+    values = metric_arrays(s, precision)
+    if all(value.ndim == 0 for value in values.values()): return {name: float(value) for name, value in values.items()}
     import pandas as pd
     return pd.DataFrame({name: value.reshape(-1) for name, value in values.items()})
