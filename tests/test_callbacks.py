@@ -410,3 +410,14 @@ def test_two_processes_leave_one_run_of_the_unwrapped_model(tmp_path):
     assert sorted(line for line in done.stdout.splitlines() if line.startswith(("hugging face", "lightning"))) == ["hugging face None", "hugging face done", "lightning None", "lightning done"]
     assert Run(tmp_path / "hugging_face").spectra.steps.tolist() == [0, 2, 4] and "transformer.wte" in Run(tmp_path / "hugging_face").spectra.matrices
     assert Run(tmp_path / "lightning").spectra.steps.tolist() == [0, 2, 3] and Run(tmp_path / "lightning").spectra.matrices == ["first", "second"]
+
+
+def test_a_training_elsewhere_that_was_accumulating_does_not_keep_fit_from_stepping(tmp_path):
+    from accelerate.state import GradientState
+
+    from tformer_lab.tasks.recall import Recall
+    from tformer_lab.training.fit import fit
+    train = lambda name: fit(Recall(length=8), runs_dir=tmp_path / name, steps=3, batch_size=8, progress=False).metrics
+    before = train("before")
+    GradientState()._set_sync_gradients(False)
+    assert train("after").equals(before)

@@ -163,7 +163,8 @@ def read_spectra(
     shapes = getattr(matrices, "shapes", None)
     if shapes is None: shapes = {name: _checked_shape(name, matrix) for name, matrix in matrices.items()}
     for names in chunks(shapes):
-        with torch.no_grad(): yield from _chunk_spectra({name: matrices[name] for name in names})
+        with torch.no_grad(): found = list(_chunk_spectra({name: matrices[name] for name in names}))
+        yield from found
 
 def _checked_shape(name, matrix):
     if not isinstance(matrix, (Tensor, Product)): raise TypeError(f"{name} is a {type(matrix).__name__}: matrices are torch tensors; torch.as_tensor makes one of an array")

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState
+from accelerate.state import AcceleratorState, GradientState
 from accelerate.utils import gather_object
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -168,6 +168,7 @@ def make_accelerator(
     there = {"cuda": torch.cuda.is_available, "mps": torch.backends.mps.is_available}
     if trainer.device in there and not there[trainer.device](): raise ParameterError(f"device = {trainer.device!r}: this machine has none; 'auto' takes what there is")
     AcceleratorState._reset_state(reset_partial_state=True)  # else the first training's device and precision would stay for all others
+    GradientState._reset_state()  # else a training of another library that was accumulating gradients would keep this one from stepping
     cpu = trainer.device == "cpu" or (trainer.device == "auto" and not any(is_there() for is_there in there.values()))  # said aloud: else accelerate leaves launched processes alone
     try: accelerator = Accelerator(cpu=cpu, mixed_precision=_PRECISIONS[trainer.precision])
     except (ValueError, NotImplementedError) as error: raise ParameterError(f"precision = {trainer.precision!r}: {error}") from error
