@@ -5,10 +5,12 @@ __version__ = "0.1.0"
 
 __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
-    submodules=["dashboards", "data", "models", "runs", "spectra", "tasks", "training"],
+    submodules=["dashboards", "data", "models", "runs", "spectra", "storage", "tasks", "training"],
     submod_attrs={
         "runs.recorder": ["SpectrumRecorder"],
         "runs.store": ["Run", "list_runs"],
+        "spectra.analysis": ["analyze"],
+        "spectra.checkpoints": ["from_checkpoints"],
         "spectra.history": ["SpectrumHistory"],
         "training.fit": ["fit"],
     },

@@ -22,6 +22,7 @@ class FileError(ValueError):
 def write_atomically(
     path:Path, # Appears whole, or stays what it was
     data:bytes,
+    durable:bool=True, # Flushed to disk? What can be computed again need not be
 ) -> None:
     "Write beside the file, flush to disk, rename"
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -30,12 +31,12 @@ def write_atomically(
         with open(beside, "wb") as f:
             f.write(data)
             f.flush()
-            os.fsync(f.fileno())
+            if durable: os.fsync(f.fileno())
         os.replace(beside, path)
     except OSError:  # a full disk, say: room is needed to tell of it
         beside.unlink(missing_ok=True)
         raise
-    if os.name == "posix":  # the rename is on disk only once the folder is
+    if durable and os.name == "posix":  # the rename is on disk only once the folder is
         folder = os.open(path.parent, os.O_RDONLY)
         try: os.fsync(folder)
         finally: os.close(folder)

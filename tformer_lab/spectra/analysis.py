@@ -19,37 +19,34 @@ from .changes import gradient_matrices, weight_difference
 from .decomposition import chunks, read_spectra, singular_vectors
 from .matrices import weight_matrices
 from .metrics import QUARTILES, inverse_participation, metric_arrays
-from .nulls import gaussian_null, percentile_in, permutation_nulls, product_null
+from .nulls import band_of, gaussian_null, percentile_in, permutation_nulls, product_null
 from .random_matrix import fit_marchenko_pastur, spike_strength
-from .tails import fit_power_law, goodness_of_fit
+from .tails import fit_tails, goodness_of_fit, hill
 from ..storage import write_atomically
 
 if TYPE_CHECKING: import pandas as pd
 
 # %% auto #0
-__all__ = ['PRODUCTS', 'SCALED', 'DESCRIPTION', 'LAST', 'PRINTED', 'analyze', 'main']
+__all__ = ['PRODUCTS', 'SCALED', 'DESCRIPTION', 'LAST', 'WHOLE', 'PRINTED', 'analyze', 'main']
 
 # %% ../../nbs/spectra/analysis.ipynb #2d968aa4
-def _groups(found, about):
-    "Names of spectra that can be stacked: of one shape, length and precision, products apart"
+def _groups(found, key):
+    "Names of spectra that have one key"
     groups:dict[tuple, list[str]] = {}
-    for name, s in found.items(): groups.setdefault((s.shape, len(s.values), s.precision, about[name].kind in PRODUCTS), []).append(name)
+    for name, s in found.items(): groups.setdefault(key(name, s), []).append(name)
     return groups
 
-def _floor(rank, precision):
-    "Eigenvalues up to this share of the largest are zero to the entries' precision"
-    return min(.5, (rank * precision)**2)
+def _stack(found, names): return np.stack([found[name].values for name in names])
 
 def _of_spectra(s, precision):
     "Metrics and tails of spectra [n, r] as columns"
-    fits = fit_power_law(s**2, floor=_floor(s.shape[-1], precision))
+    fits = fit_tails(s, precision)
     tail = {name: fits[name].to_numpy() for name in ("alpha", "alpha_mle", "sigma", "xmin", "ks", "n_tail", "status")}
     return metric_arrays(s, precision) | tail
 
-def _of_bulk(s, shape, product):
+def _of_bulk(s, shape):
     "The fit of the Marchenko-Pastur law to spectra [n, r] as columns"
     rows, columns = shape
-    if product: return {"bulk_status": np.full(len(s), "a product: no Marchenko–Pastur law")}
     fit = fit_marchenko_pastur(s, rows, columns)
     strength = np.full(len(s), np.nan)
     for i in np.flatnonzero(fit.n_spikes > 0):
@@ -59,11 +56,12 @@ def _of_bulk(s, shape, product):
 
 def _measured(found, about):
     "A dictionary of columns for each name"
-    rows = {}
-    for (shape, _, precision, product), names in _groups(found, about).items():
-        s = np.stack([found[name].values for name in names])
-        columns = _of_spectra(s, precision) | _of_bulk(s, shape, product)
-        for i, name in enumerate(names): rows[name] = {column: values[i] for column, values in columns.items()}
+    rows = {name: {} for name in found}
+    def take(names, columns):
+        for i, name in enumerate(names): rows[name] |= {column: values[i] for column, values in columns.items()}
+    for (_, precision), names in _groups(found, lambda name, s: (len(s.values), s.precision)).items(): take(names, _of_spectra(_stack(found, names), precision))
+    for (shape, product), names in _groups(found, lambda name, s: (s.shape, about[name].kind in PRODUCTS)).items():
+        take(names, {"bulk_status": ["a product: no Marchenko–Pastur law"] * len(names)} if product else _of_bulk(_stack(found, names), shape))
     return rows
 
 # %% ../../nbs/spectra/analysis.ipynb #a0bbf746
@@ -90,9 +88,15 @@ def _beside(row, s, null, variance, known):
     scale = math.sqrt(s.variance / variance) if variance > 0 else math.nan
     columns = {f"{name}_percentile": float(percentile_in(row[name], values * (scale if name in SCALED else 1.))) for name, values in drawn.items()
                if name not in ("alpha_mle", "sigma", "xmin", "ks", "n_tail", "status")}
-    alphas = drawn["alpha"][np.isfinite(drawn["alpha"])]
-    low, high = np.quantile(alphas, (.025, .975)) if len(alphas) else (math.nan, math.nan)
-    return columns | {"alpha_null_low": low, "alpha_null_high": high, "tail": _verdict(row["alpha"], low, high)}
+    low, _, high = band_of(drawn["alpha"])
+    return columns | {"alpha_null_low": low, "alpha_null_high": high, "tail": _verdict(row["alpha"], low, high), "hill_percentile": _at_same_size(row, s, null)}
+
+def _at_same_size(row, s, null):
+    "Where Hill's exponent of as many values as the tail has falls among those of the null"
+    if not 2 <= row["n_tail"] <= null.shape[1]: return math.nan
+    k = int(row["n_tail"]) - 1  # values above the smallest of the tail
+    unit = lambda x: (x / x[..., :1])**2
+    return float(percentile_in(hill(unit(s.values))[k - 1], hill(unit(null))[:, k - 1]))
 
 def _verdict(alpha, low, high):
     if not (math.isfinite(alpha) and math.isfinite(low)): return ""
@@ -100,7 +104,7 @@ def _verdict(alpha, low, high):
 
 # %% ../../nbs/spectra/analysis.ipynb #b76ba97b
 DESCRIPTION = ("matrix", "kind", "layer", "role", "head", "rows", "columns", "rank", "variance")
-LAST = ("alpha", "alpha_mle", "sigma", "xmin", "ks", "n_tail", "p_value", "alpha_low", "alpha_high", "alpha_percentile", "alpha_null_low", "alpha_null_high", "tail",
+LAST = ("alpha", "alpha_mle", "sigma", "xmin", "ks", "n_tail", "p_value", "alpha_low", "alpha_high", "alpha_percentile", "alpha_null_low", "alpha_null_high", "tail", "hill_percentile",
         "bulk_variance", "mp_low", "mp_high", "bulk_ks", "n_spikes", "spike_strength", "left_localization", "right_localization")
 
 def _skipped(row, s):
@@ -117,13 +121,21 @@ def _described(info, s):
     return {"matrix": info.name, "kind": info.kind, "layer": info.layer, "role": info.role, "head": info.head,
             "rows": s.shape[0], "columns": s.shape[1], "rank": len(s.values), "variance": s.variance}
 
+WHOLE = ("layer", "head", "n_tail", "n_spikes")  # columns of whole numbers, some of them missing
+
+def _column(name, values):
+    import pandas as pd
+    if name not in WHOLE: return values
+    missing = np.array([v is None or v != v for v in values])
+    return pd.arrays.IntegerArray(np.array([0 if gone else v for v, gone in zip(values, missing)], np.int64), missing)
+
 def _table(rows, left_out):
     import pandas as pd
-    table = pd.DataFrame(rows)
-    percentiles = [name for name in table if name.endswith("_percentile") and name != "alpha_percentile"]
-    last = [name for name in LAST if name in table]
-    first = [name for name in table if name not in {*last, *percentiles, "skipped"}]
-    table = table[[*first, *last, *percentiles, "skipped"]].astype({"layer": "Int64", "head": "Int64", "n_spikes": "Int64", "n_tail": "Int64"})
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    percentiles = [name for name in names if name.endswith("_percentile") and name not in LAST]
+    last = [name for name in LAST if name in names]
+    first = [name for name in names if name not in {*last, *percentiles, "skipped"}]
+    table = pd.DataFrame({name: _column(name, [row.get(name, math.nan) for row in rows]) for name in (*first, *last, *percentiles, "skipped")})
     table.attrs["left_out"] = dict(left_out)
     return table
 
@@ -170,7 +182,8 @@ def _compare(rows, found, matrices, null, draws, seed, progress):
         if null == "permutation": known.clear()
 
 def _bootstrapped(s, draws, seed):
-    test = goodness_of_fit(s.values**2, draws, floor=_floor(len(s.values), s.precision), seed=seed)
+    units = s.values[0] if len(s.values) and np.isfinite(s.values[0]) and s.values[0] > 0 else 1.
+    test = goodness_of_fit((s.values / units)**2, draws, precision=s.precision, seed=seed)
     return {"p_value": test.p_value, "alpha_low": test.low, "alpha_high": test.high}
 
 # %% ../../nbs/spectra/analysis.ipynb #edcd76e9
@@ -198,6 +211,7 @@ def _parser():
 def _output(given, path, force):
     output = Path(given or f"{Path(path).absolute().stem or 'model'}-spectra.csv")
     if output.suffix not in (".csv", ".json"): raise ValueError(f"{output}: the table is written as .csv or .json")
+    if output.is_dir(): raise ValueError(f"{output} is a folder: the table is a file")
     if output.exists() and not force: raise ValueError(f"{output} exists already: take another name with -o, or --force to overwrite it")
     if not output.absolute().parent.is_dir(): raise ValueError(f"{output}: there is no folder {output.parent}")
     return output

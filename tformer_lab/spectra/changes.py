@@ -27,6 +27,7 @@ class Changes(Mapping):
     ):
         self.about, self.left_out, self._compute = dict(about), dict(left_out), compute
         self.shapes:dict[str, tuple[int, int]] = {name: tuple(info.shape) for name, info in self.about.items()}
+        self.precisions:dict[str, float] = {} # Relative precision of the entries, of matrices that were asked for; what is missing has that of its type
 
     def __getitem__(self, name) -> Tensor|Product:
         if name not in self.about: raise KeyError(f"no matrix {name!r}; there are {', '.join(list(self.about)[:8])}")
@@ -44,6 +45,11 @@ def _minus(a, b):
     dtype = torch.float64 if a.dtype == b.dtype == torch.float64 else torch.float32
     return a.to(dtype) - b.to(a.device, dtype)
 
+def _rounding(a, b, difference):
+    "Relative precision of a difference of rounded weights; None where a product or nothing is left"
+    if any(isinstance(x, Product) for x in (a, b, difference)) or not (size := float(difference.double().norm())): return None
+    return sum(torch.finfo(x.dtype).eps * float(x.double().norm()) for x in (a, b)) / 2 / size
+
 def weight_difference(
     after:WeightMatrices, # As `weight_matrices` gives them
     before:WeightMatrices, # Of the same model, earlier
@@ -53,7 +59,14 @@ def weight_difference(
     reasons |= {name: f"{after.shapes[name]}, and {before.shapes[name]} before" for name in after if name in before and after.shapes[name] != before.shapes[name]}
     about = {name: info for name, info in after.about.items() if name not in reasons}
     if not about: raise ValueError("the two have no matrix of one name and shape in common: " + ", ".join(list(after)[:4]) + " and " + ", ".join(list(before)[:4]))
-    return Changes(about, lambda name: _minus(after[name], before[name]), {**after.left_out, **reasons})
+    def compute(name):
+        a, b = after[name], before[name]
+        difference = _minus(a, b)
+        precision = _rounding(a, b, difference)
+        if precision is not None: changes.precisions[name] = precision
+        return difference
+    changes = Changes(about, compute, {**after.left_out, **reasons})
+    return changes
 
 # %% ../../nbs/spectra/changes.ipynb #11be305f
 def gradient_matrices(

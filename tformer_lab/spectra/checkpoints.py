@@ -102,7 +102,7 @@ class SpectraFolder(StepFolder):
 def _selected(history, steps):
     "A history at some of its steps"
     at = np.isin(history.steps, steps)
-    return SpectrumHistory.from_arrays(history.steps[at], {name: MatrixHistory(m.values[at], m.variances[at], m.shape, m.precision) for name in history.matrices for m in [history.matrix(name)]})
+    return SpectrumHistory.from_arrays(history.steps[at], {name: history.matrix(name).at(at) for name in history.matrices})
 
 def _renamed(history, run):
     "The same arrays under another name; adding to it changes nothing here"
@@ -115,9 +115,10 @@ def _write_cache(path, history, stamps):
     for name in history.matrices: groups.setdefault(history[name].shape[1], []).append(name)
     tensors = {f"rank_{r}": np.stack([history[name] for name in names]) for r, names in groups.items()}
     tensors |= {"steps": history.steps, "stamps": np.array([stamps[step] for step in history.steps.tolist()], np.int64).reshape(-1, 2),
-                "variances": np.array([history.variances(name) for name in history.matrices]).reshape(len(history.matrices), -1)}
+                "variances": np.array([history.variances(name) for name in history.matrices]).reshape(len(history.matrices), -1),
+                "present": np.array([history.matrix(name).present for name in history.matrices]).reshape(len(history.matrices), -1)}
     about = [{"name": name, "shape": list(m.shape), "rank": m.values.shape[1], "precision": m.precision} for name in history.matrices for m in [history.matrix(name)]]
-    try: write_atomically(path, safetensors.numpy.save(tensors, {"format": "1", "matrices": json.dumps(about)}))
+    try: write_atomically(path, safetensors.numpy.save(tensors, {"format": "1", "matrices": json.dumps(about)}), durable=False)
     except OSError: pass  # a folder that can only be read: the next reader opens all files again
 
 def _read_cache(path):
@@ -125,13 +126,13 @@ def _read_cache(path):
     try:
         tensors, metadata = read_safetensors(path, "numpy")
         if metadata["format"] != "1": raise ValueError("another format")
-        steps, stamps, variances, matrices = tensors.pop("steps"), tensors.pop("stamps"), tensors.pop("variances"), {}
+        steps, stamps, variances, present, matrices = *(tensors.pop(name) for name in ("steps", "stamps", "variances", "present")), {}
         for key, stack in tensors.items(): check_descending(stack, key)
         rows = {key: iter(stack) for key, stack in tensors.items()}
         for i, about in enumerate(json.loads(metadata["matrices"])):
             values = next(rows[f"rank_{int(about['rank'])}"])
-            if values.shape != (len(steps), int(about["rank"])): raise ValueError("another size")
-            matrices[str(about["name"])] = MatrixHistory(values, variances[i], tuple(map(int, about["shape"])), float(about["precision"]))
+            if values.shape != (len(steps), int(about["rank"])) or not len(variances[i]) == len(present[i]) == len(steps): raise ValueError("another size")
+            matrices[str(about["name"])] = MatrixHistory(values, variances[i], present[i].astype(bool), tuple(map(int, about["shape"])), float(about["precision"]))
         if stamps.shape != (len(steps), 2) or (np.diff(steps) <= 0).any(): raise ValueError("another order")
         return SpectrumHistory.from_arrays(steps, matrices), dict(zip(steps.tolist(), map(tuple, stamps.tolist())))
     except (FileError, KeyError, TypeError, ValueError, IndexError, StopIteration): return SpectrumHistory(), {}
@@ -145,7 +146,7 @@ def _holds_weights(path):
     return any(_holds_weights(inside) for inside in path.iterdir() if inside.is_file())
 
 def _natural(path):
-    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", path.name)]
+    return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", str(path))]
 
 def find_checkpoints(
     folder_or_glob:str|Path, # "checkpoints", or "runs/*/model-*.pt"
@@ -161,6 +162,8 @@ def find_checkpoints(
     by_step:dict[int, Path] = {}
     for path, step in zip(paths, _steps(paths, steps)):
         if step is None: continue
+        if step != int(step) or not 0 <= step < 10**18: raise ValueError(f"{path.name} is of step {step}: a step has to be a whole number, from 0 to 10**18 - 1")
+        step = int(step)
         if step in by_step: raise ValueError(f"{by_step[step].name} and {path.name} are both of step {step}: give the steps, or a pattern that leaves one out")
         by_step[step] = path
     if not by_step: raise ValueError(f"no step in the names: {', '.join(path.name for path in paths[:5])}; give them with steps=")
@@ -174,7 +177,7 @@ def _steps(paths, given):
         return [given.get(path.name) for path in paths]
     if given is not None:
         if len(given) != len(paths): raise ValueError(f"{len(given)} steps for {len(paths)} checkpoints: {', '.join(path.name for path in paths[:8])}")
-        return [int(step) for step in given]
+        return list(given)
     found = [re.findall(r"\d+", path.stem if path.is_file() else path.name) for path in paths]
     nameless = [path.name for path, numbers in zip(paths, found) if not numbers]
     if nameless and any(found): warnings.warn(f"left out, for there is no step in the name: {', '.join(nameless)}", stacklevel=3)
@@ -186,10 +189,10 @@ def _stamp(path):
     files = [path] if path.is_file() else sorted(p for p in path.iterdir() if p.is_file() and (p.suffix in SUFFIXES or p.suffix == ".json"))
     return "|".join(f"{p.name}:{p.stat().st_mtime_ns}:{p.stat().st_size}" for p in files)
 
-def _cache_folder(paths, options):
-    "Beside the checkpoints; another one for each choice of matrices"
+def _cache_folder(paths, pattern, options):
+    "Beside the checkpoints; another one for each pattern and each choice of matrices"
     parent = Path(os.path.commonpath([path.absolute().parent for path in paths]))
-    chosen = json.dumps(options, sort_keys=True, default=str)
+    chosen = json.dumps({"of": os.path.relpath(pattern, parent)} | options, sort_keys=True, default=str)
     return parent / f".tformer_spectra-{hashlib.sha256(chosen.encode()).hexdigest()[:8]}"
 
 def _is_done(file, source):
@@ -227,13 +230,20 @@ def from_checkpoints(
     bases = dict(zip(found, {None: [None] * len(found), "first": [next(iter(found.values()))] * len(found), "previous": [None, *found.values()]}[minus]))
     if minus: del found[next(iter(found))]
     if not found: raise ValueError(f"there is one checkpoint, and nothing to subtract {minus} from")
-    folder, records = _writable(_cache_folder(found.values(), options | {"minus": minus})) if cache else None, []
+    folder, records = _writable(_cache_folder(found.values(), folder_or_glob, options | {"minus": minus})) if cache else None, []
     for step, path in tqdm(found.items(), desc="checkpoints", disable=not progress, leave=False):
         source = f"{path.name}/{_stamp(path)}" + (f" - {bases[step].name}/{_stamp(bases[step])}" if bases[step] else "")
         file = folder / step_file(step) if folder else None
         if file is None or not _is_done(file, source): records.append(_decompose(step, path, bases[step], options, file, source))
     name = Path(str(folder_or_glob)).name
-    return SpectrumHistory(records, name) if folder is None else _renamed(_selected(SpectraFolder(folder).history(), list(found)), name)
+    return _of_one_model(records, name) if folder is None else _renamed(_selected(SpectraFolder(folder).history(), list(found)), name)
+
+def _of_one_model(records, name):
+    "A history of records, without those of another model than most"
+    foreign = _of_another_model(records, SpectrumHistory())
+    for r in records:
+        if r.step in foreign: warnings.warn(f"left out: step {r.step}: its matrices have other shapes", stacklevel=3)
+    return SpectrumHistory((r for r in records if r.step not in foreign), name)
 
 def _writable(folder):
     "The folder, made where it is missing; None where that cannot be"

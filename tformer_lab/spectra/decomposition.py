@@ -6,7 +6,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -15,13 +17,22 @@ from torch import Tensor
 from .matrices import Product
 
 # %% auto #0
-__all__ = ['CHUNK_BYTES', 'rank_bound', 'MatrixSpectrum', 'product_mean', 'chunks', 'read_spectra', 'singular_values',
-           'singular_vectors']
+__all__ = ['CHUNK_BYTES', 'STACKED', 'rank_bound', 'torch_threads', 'each', 'MatrixSpectrum', 'chunks', 'read_spectra',
+           'checked_shape', 'singular_values', 'singular_vectors']
 
 # %% ../../nbs/spectra/decomposition.ipynb #4135037f
 def _smaller_gram(x):
     "[n, r, r] from [n, rows, columns]"
     return x @ x.mT if x.shape[-2] <= x.shape[-1] else x.mT @ x
+
+def _lower_gram(x, blocks=4):
+    "The lower triangle [r, r] of the Gram matrix of one matrix [rows, columns], in strips: little more than half of the work"
+    tall = x if x.shape[0] >= x.shape[1] else x.mT
+    r = tall.shape[1]
+    gram = x.new_empty(r, r)
+    borders = [r * i // blocks for i in range(blocks + 1)]
+    for start, end in zip(borders, borders[1:]): torch.mm(tall[:, start:].mT, tall[:, start:end], out=gram[start:, start:end])
+    return gram
 
 def _values_of_gram(eigenvalues):
     return eigenvalues.clamp_min(0).sqrt().flip(-1)
@@ -36,7 +47,7 @@ def _deserves_svd(s, entries):
 def _batch_values(x, exact):
     "Singular values [n, r] of finite matrices [n, rows, columns] in float64"
     if exact or x.numel() == 0: return torch.linalg.svdvals(x)
-    s = _values_of_gram(torch.linalg.eigvalsh(_smaller_gram(x)))
+    s = _values_of_gram(torch.linalg.eigvalsh(_smaller_gram(x) if len(x) > 1 else _lower_gram(x[0])[None]))
     again = _deserves_svd(s, x.shape[-1] * x.shape[-2])
     if again.any(): s[again] = torch.linalg.svdvals(x[again])
     return s
@@ -56,6 +67,13 @@ def _slabbed_gram(matrix, slab_bytes):
         gram.addmm_(slab.mT, slab)
     return gram
 
+def _eigenvalues_in_place(gram):
+    "Eigenvalues of a symmetric matrix, which is lost; scipy's eigh would copy it"
+    from scipy.linalg import lapack
+    eigenvalues, _, info = lapack.dsyevd(gram.numpy().T, compute_v=0, overwrite_a=1)
+    if info: raise np.linalg.LinAlgError(f"the eigenvalues of a matrix {gram.shape[0]} × {gram.shape[0]} did not converge")
+    return torch.from_numpy(eigenvalues)
+
 def _large_values(matrix, exact, slab_bytes):
     "Singular values [r] of one large matrix"
     from scipy import linalg
@@ -63,7 +81,7 @@ def _large_values(matrix, exact, slab_bytes):
         gram = _slabbed_gram(matrix, slab_bytes)
         if not gram.isfinite().all(): return gram.new_full(gram.shape[:1], float("nan"))
         if gram.device.type != "cpu": s = _values_of_gram(torch.linalg.eigvalsh(gram))
-        else: s = _values_of_gram(torch.from_numpy(linalg.eigh(gram.numpy().T, eigvals_only=True, overwrite_a=True, check_finite=False, driver="evd")))
+        else: s = _values_of_gram(_eigenvalues_in_place(gram))
         del gram
         if not _deserves_svd(s, matrix.numel()): return s
     x = matrix.double()
@@ -94,6 +112,33 @@ def rank_bound(
 def _float64(matrix):
     return (matrix.cpu() if matrix.device.type == "mps" else matrix).to(torch.float64)
 
+# %% ../../nbs/spectra/decomposition.ipynb #7d009ee4
+STACKED = 96  # up to this many singular values one call for many matrices is faster
+
+@contextmanager
+def torch_threads(
+    n:int, # Threads that torch may use meanwhile
+) -> Iterator[None]:
+    "Another number of threads for a while"
+    before = torch.get_num_threads()
+    if n == before:
+        yield
+        return
+    torch.set_num_threads(n)
+    try: yield
+    finally: torch.set_num_threads(before)
+
+def each(
+    function, # Of one item
+    items:list,
+    size:int=1, # Bytes that a call needs
+) -> list: # What the function returns, in the order of the items
+    "A function of each item, on one thread each, as many at once as torch has threads and a chunk has room for"
+    workers = min(torch.get_num_threads(), len(items), max(1, CHUNK_BYTES // max(1, size)))
+    with torch_threads(1):
+        if workers == 1: return [function(item) for item in items]
+        with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool: return list(pool.map(function, items))
+
 # %% ../../nbs/spectra/decomposition.ipynb #f613db70
 @dataclass(frozen=True)
 class MatrixSpectrum:
@@ -104,56 +149,75 @@ class MatrixSpectrum:
     precision:float # Relative precision of the entries' type
 
 def _precision(matrix):
-    dtype = matrix.left.dtype if isinstance(matrix, Product) else matrix.dtype
-    return float(torch.finfo(dtype).eps)
+    return float(torch.finfo(matrix.left.dtype if isinstance(matrix, Product) else matrix.dtype).eps)
 
-def _mean(matrix):
-    if not isinstance(matrix, Product): return matrix.mean(dtype=torch.float64) if matrix.device.type != "mps" else matrix.cpu().mean(dtype=torch.float64)
-    return product_mean(matrix)
-
-def product_mean(
-    product:Product,
-) -> Tensor:
-    "The mean of the entries of a product, from its factors"
-    return product.scale * (_float64(product.left).sum(0) @ _float64(product.right).sum(1)) / (product.shape[0] * product.shape[1])
-
-def _spectrum(matrix, s):
+def _spectrum(matrix, s, mean):
     entries = matrix.shape[0] * matrix.shape[1]
-    variance = max(float(s.square().sum() / entries - _mean(matrix)**2), 0.) if entries and not s.isnan().any() else float("nan")
+    variance = float(((s @ s) / entries - mean * mean).clamp_min(0.)) if entries and not s.isnan().any() else float("nan")
     return MatrixSpectrum(s.cpu().numpy(), tuple(matrix.shape), variance, _precision(matrix))
 
 def _is_exact(matrix):
     return matrix.dtype == torch.float64
 
-def _stacked_values(matrices):
-    "Values [n, r] of matrices of one shape, precision and device"
-    x = torch.stack([_float64(m) for m in matrices])
-    finite = x.isfinite().all(dim=(1, 2))
-    if not finite.all(): x = x.where(finite[:, None, None], x.new_zeros(()))
+def _stack_spectra(matrices):
+    "Spectra of matrices of one shape, kind and device"
+    x = torch.stack([_float64(m) for m in matrices]) if len(matrices) > 1 else _float64(matrices[0])[None]
+    totals = x.sum((1, 2))
+    finite = totals.isfinite()  # then every entry is
+    if not finite.all():
+        finite = x.isfinite().all(dim=(1, 2))
+        x = x.where(finite[:, None, None], x.new_zeros(()))
     s = _batch_values(x, _is_exact(matrices[0]))
-    return s if finite.all() else s.where(finite[:, None], s.new_full((), float("nan")))
+    if not finite.all(): s = s.where(finite[:, None], s.new_full((), float("nan")))
+    return [_spectrum(m, values, total / max(1, m.numel())) for m, values, total in zip(matrices, s, totals)]
+
+def _product_spectrum(product):
+    left, right = _float64(product.left), _float64(product.right)
+    mean = product.scale * (left.sum(0) @ right.sum(1)) / max(1, product.numel())
+    return _spectrum(product, _product_values(product), mean)
+
+def _large_spectrum(matrix):
+    if matrix.device.type == "mps": matrix = matrix.cpu()
+    return _spectrum(matrix, _large_values(matrix, _is_exact(matrix), CHUNK_BYTES // 8), matrix.mean(dtype=torch.float64))
+
+def _group(matrix):
+    "What is decomposed together"
+    if isinstance(matrix, Product): return "product"
+    if _bytes(*matrix.shape) > CHUNK_BYTES: return "large"
+    return "single" if matrix.device.type == "cpu" and min(matrix.shape) > STACKED else (matrix.device, _is_exact(matrix), tuple(matrix.shape))
+
+def _singles(matrices):
+    "One by one, the largest first, so that no thread is left with it at the end"
+    order = sorted(range(len(matrices)), key=lambda i: -_bytes(*matrices[i].shape))
+    found = dict(zip(order, each(lambda i: _stack_spectra([matrices[i]])[0], order, _bytes(*matrices[order[0]].shape))))
+    return [found[i] for i in range(len(matrices))]
+
+def _group_spectra(group, matrices):
+    if group == "product": return each(_product_spectrum, matrices)
+    if group == "large": return [_large_spectrum(matrix) for matrix in matrices]
+    if group == "single": return _singles(matrices)
+    with torch_threads(1): return _stack_spectra(matrices)
 
 def _chunk_spectra(chunk):
-    groups:dict[tuple, list[str]] = {}
-    for name, matrix in chunk.items():
-        groups.setdefault(name if isinstance(matrix, Product) else (matrix.device, _is_exact(matrix)), []).append(name)
-    for names in groups.values():
-        first = chunk[names[0]]
-        if isinstance(first, Product): values = [_product_values(first)]
-        elif _bytes(*first.shape) > CHUNK_BYTES: values = [_large_values(chunk[name] if first.device.type != "mps" else chunk[name].cpu(), _is_exact(first), CHUNK_BYTES // 8) for name in names]
-        else: values = _stacked_values([chunk[name] for name in names])
-        for name, s in zip(names, values): yield name, _spectrum(chunk[name], s)
+    groups:dict[object, list[str]] = {}
+    for name, matrix in chunk.items(): groups.setdefault(_group(matrix), []).append(name)
+    found = {name: s for group, names in groups.items() for name, s in zip(names, _group_spectra(group, [chunk[name] for name in names]))}
+    return {name: found[name] for name in chunk}
 
 def chunks(
     shapes:Mapping[str, tuple[int, int]], # Rows and columns by name
-) -> list[list[str]]: # Names of one shape each, at most 256 MB of work
-    "Which matrices are decomposed together"
-    groups:dict[tuple, list[str]] = {}
-    for name, shape in shapes.items(): groups.setdefault(tuple(shape), []).append(name)
+) -> list[list[str]]: # Names of matrices, at most 256 MB of float64 together, small ones of one shape
+    "Which matrices are read and decomposed together"
+    groups:dict[tuple|None, list[str]] = {}
+    for name, shape in shapes.items(): groups.setdefault(tuple(shape) if min(shape) <= STACKED else None, []).append(name)
     found = []
     for shape, names in groups.items():
-        size = max(1, CHUNK_BYTES // max(1, _bytes(*shape)))
-        found += [names[i:i + size] for i in range(0, len(names), size)]
+        room = -1
+        for name in names:
+            size = _bytes(*shapes[name]) if shape else 8 * shapes[name][0] * shapes[name][1]
+            if room < size: found, room = [*found, []], CHUNK_BYTES
+            found[-1].append(name)
+            room -= size
     return found
 
 def read_spectra(
@@ -161,13 +225,19 @@ def read_spectra(
 ) -> Iterator[tuple[str, MatrixSpectrum]]: # By name, those of one shape together
     "The spectrum of every matrix, chunk by chunk"
     shapes = getattr(matrices, "shapes", None)
-    if shapes is None: shapes = {name: _checked_shape(name, matrix) for name, matrix in matrices.items()}
+    if shapes is None: shapes = {name: checked_shape(name, matrix) for name, matrix in matrices.items()}
     for names in chunks(shapes):
-        with torch.no_grad(): found = list(_chunk_spectra({name: matrices[name] for name in names}))
-        yield from found
+        with torch.no_grad(): found = _chunk_spectra({name: matrices[name] for name in names})
+        precisions = getattr(matrices, "precisions", {})
+        for name, s in found.items(): yield name, replace(s, precision=precisions[name]) if name in precisions else s
 
-def _checked_shape(name, matrix):
+def checked_shape(
+    name:str, # For the error
+    matrix:Tensor|Product,
+) -> tuple[int, int]: # Raises TypeError or ValueError
+    "The shape of what has to be a matrix with real entries"
     if not isinstance(matrix, (Tensor, Product)): raise TypeError(f"{name} is a {type(matrix).__name__}: matrices are torch tensors; torch.as_tensor makes one of an array")
+    if isinstance(matrix, Tensor) and (matrix.layout != torch.strided or matrix.device.type == "meta"): raise ValueError(f"{name} is a {'meta' if matrix.device.type == 'meta' else 'sparse'} tensor: singular values are those of a dense matrix with values")
     if len(matrix.shape) != 2: raise ValueError(f"{name} has {len(matrix.shape)} dimensions: singular values are those of a matrix [rows, columns]")
     if isinstance(matrix, Tensor) and not matrix.is_floating_point(): raise ValueError(f"{name} holds {matrix.dtype}: matrices have floating-point entries; .float() converts them")
     return tuple(matrix.shape)
@@ -185,7 +255,7 @@ def singular_vectors(
     k:int|None=None, # How many; all of them if not given
 ) -> tuple[Tensor, Tensor, Tensor]: # Left vectors [rows, k], values [k], right vectors [columns, k], in float64
     "The leading singular vectors, in columns, with their values"
-    _checked_shape("the matrix", matrix)
+    checked_shape("the matrix", matrix)
     if k is not None and not 0 < k <= rank_bound(matrix): raise ValueError(f"k is {k}: a matrix {matrix.shape[0]} × {matrix.shape[1]} has 1 to {rank_bound(matrix)} singular vectors here")
     left, core, right = _core(matrix) if isinstance(matrix, Product) else (None, _float64(matrix.detach()), None)
     if not core.isfinite().all(): raise ValueError("the matrix has entries that are not finite: it has no singular vectors")

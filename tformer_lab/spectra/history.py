@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -15,7 +16,7 @@ import numpy as np
 from .decomposition import MatrixSpectrum, read_spectra
 from .matrices import weight_matrices
 from .metrics import metric_arrays
-from .tails import fit_power_law
+from .tails import fit_tails
 
 if TYPE_CHECKING: import pandas as pd
 
@@ -50,8 +51,9 @@ def pack(
     "A record as a few tensors, with the names in the metadata"
     rows:dict[int, list[np.ndarray]] = {}
     for s in record.spectra.values(): rows.setdefault(len(s.values), []).append(s.values)
-    about = [{"name": name, "shape": list(s.shape), "rank": len(s.values), "variance": s.variance, "precision": s.precision} for name, s in record.spectra.items()]
-    return {f"rank_{r}": np.stack(values) for r, values in rows.items()}, {"format": str(FORMAT), "step": str(record.step), "matrices": json.dumps(about)}
+    about = [{"name": name, "shape": list(s.shape), "rank": len(s.values), "precision": s.precision} for name, s in record.spectra.items()]
+    return {f"rank_{r}": np.stack(values) for r, values in rows.items()}, {
+        "format": str(FORMAT), "step": str(record.step), "matrices": json.dumps(about), "variances": json.dumps([s.variance for s in record.spectra.values()])}
 
 def check_descending(
     values:np.ndarray, # [..., r]
@@ -61,12 +63,21 @@ def check_descending(
     if (values < 0).any() or (values[..., 1:] > values[..., :-1]).any(): raise ValueError(f"values of {what} are negative, or not in descending order")
 
 def _described(about):
-    "Name, shape, rank, variance and precision of a matrix in a file"
+    "Name, shape, rank and precision of a matrix in a file"
     name, (rows, columns) = about["name"], about["shape"]
     if not isinstance(name, str): raise ValueError("a matrix without a name")
     rank, precision = about.get("rank", min(rows, columns)), about.get("precision", float(np.finfo(np.float32).eps))
     if not 0 <= int(rank) <= min(rows, columns): raise ValueError(f"{name} is {rows} × {columns}, and has {rank} values")
-    return name, (int(rows), int(columns)), int(rank), float(about["variance"]), float(precision)
+    return name, (int(rows), int(columns)), int(rank), float(precision)
+
+@lru_cache(maxsize=64)
+def _descriptions(text):
+    "Those of all matrices; the same text stands in every file of a run"
+    return [_described(about) for about in json.loads(text)]
+
+def _variances(metadata):
+    if int(metadata["format"]) == 1: return [float(about["variance"]) for about in json.loads(metadata["matrices"])]
+    return [float(variance) for variance in json.loads(metadata["variances"])]
 
 def unpack(
     tensors:Mapping[str, np.ndarray], # As `pack` made them
@@ -75,12 +86,14 @@ def unpack(
     "Read a record back from a file's tensors and metadata"
     try:
         if int(metadata["format"]) > FORMAT: raise ValueError(f"format {metadata['format']} is newer than this version's {FORMAT}")
-        rows = [_described(about) for about in json.loads(metadata["matrices"])]
+        rows, variances = _descriptions(metadata["matrices"]), _variances(metadata)
+        if len(rows) != len(variances): raise ValueError(f"{len(variances)} variances of {len(rows)} matrices")
         for key, stack in tensors.items():
             if stack.ndim != 2 or key != f"rank_{stack.shape[1]}": raise ValueError(f"{key} holds values {list(stack.shape)}")
             check_descending(stack, key)
         left = {key: iter(np.asarray(stack, dtype=float)) for key, stack in tensors.items()}
-        return SpectrumRecord(int(metadata["step"]), {name: MatrixSpectrum(next(left[f"rank_{rank}"]), shape, variance, precision) for name, shape, rank, variance, precision in rows})
+        spectra = {name: MatrixSpectrum(next(left[f"rank_{rank}"]), shape, variance, precision) for (name, shape, rank, precision), variance in zip(rows, variances)}
+        return SpectrumRecord(int(metadata["step"]), spectra)
     except (KeyError, StopIteration, TypeError, ValueError) as error:
         raise ValueError(f"these are no recorded spectra: {type(error).__name__}: {error}") from error
 
@@ -90,14 +103,15 @@ class MatrixHistory:
     "One matrix over training"
     values:np.ndarray # [checkpoints, rank] float64, descending along the ranks
     variances:np.ndarray # [checkpoints] of the entries
+    present:np.ndarray # [checkpoints] bool: which checkpoints have it
     shape:tuple[int, int] # Rows and columns
     precision:float # Relative precision of the entries' type; of several the coarsest
 
-def _reordered(matrix, order, known):
-    "The rows of a matrix's history in another order; NaN where `known` says that there is none"
-    values, variances = matrix.values[order], matrix.variances[order]
-    if not known.all(): values[~known], variances[~known] = np.nan, np.nan
-    return MatrixHistory(values, variances, matrix.shape, matrix.precision)
+    def at(self,
+        rows:np.ndarray, # [n] places among the checkpoints, or a mask
+    ) -> MatrixHistory:
+        "The history at some of its checkpoints"
+        return MatrixHistory(self.values[rows], self.variances[rows], self.present[rows], self.shape, self.precision)
 
 def _stacked(records, name):
     "A matrix's history from records"
@@ -105,13 +119,17 @@ def _stacked(records, name):
     shape, rank, precision = present[0].shape, len(present[0].values), max(s.precision for s in present)
     missing = MatrixSpectrum(np.full(rank, np.nan), shape, np.nan, precision)
     rows = [r.spectra.get(name, missing) for r in records]
-    return MatrixHistory(np.stack([s.values for s in rows]), np.array([s.variance for s in rows]), shape, precision)
+    return MatrixHistory(np.stack([s.values for s in rows]), np.array([s.variance for s in rows]), np.array([name in r.spectra for r in records]), shape, precision)
+
+def _absent(n, like):
+    "Checkpoints without a matrix"
+    return MatrixHistory(np.full((n, like.values.shape[1]), np.nan), np.full(n, np.nan), np.zeros(n, bool), like.shape, like.precision)
 
 def _joined(first, second, kept, added):
     "One after the other, either of which may be missing"
-    if first is None: first = MatrixHistory(np.full((kept, second.values.shape[1]), np.nan), np.full(kept, np.nan), second.shape, second.precision)
-    if second is None: second = MatrixHistory(np.full((added, first.values.shape[1]), np.nan), np.full(added, np.nan), first.shape, first.precision)
-    return MatrixHistory(np.concatenate([first.values, second.values]), np.concatenate([first.variances, second.variances]), first.shape, max(first.precision, second.precision))
+    first, second = first if first is not None else _absent(kept, second), second if second is not None else _absent(added, first)
+    both = (np.concatenate([getattr(first, part), getattr(second, part)]) for part in ("values", "variances", "present"))
+    return MatrixHistory(*both, first.shape, max(first.precision, second.precision))
 
 # %% ../../nbs/spectra/history.ipynb #6a8828b8
 class SpectrumHistory:
@@ -132,8 +150,8 @@ class SpectrumHistory:
     ) -> SpectrumHistory:
         "A history from arrays that are in order already"
         history = cls(run=run)
-        history._steps, history._matrices = np.asarray(steps, np.int64), dict(matrices)
-        history._kinds = {name: (m.shape, m.values.shape[1]) for name, m in matrices.items()}
+        history._steps, history._matrices = np.asarray(steps, np.int64), {name: m for name, m in matrices.items() if m.present.any()}
+        history._kinds = {name: (m.shape, m.values.shape[1]) for name, m in history._matrices.items()}
         return history
 
     def add(self,
@@ -163,11 +181,11 @@ class SpectrumHistory:
         order = np.argsort(steps)
         merged = {}
         for name in self._kinds:
-            before = self._matrices.get(name)
-            if before is not None and not kept.all(): before = _reordered(before, np.flatnonzero(kept), np.ones(kept.sum(), bool))
+            before = self._matrices[name].at(kept) if name in self._matrices else None
             after = _stacked(records, name) if any(name in r.spectra for r in records) else None
-            merged[name] = _reordered(_joined(before, after, int(kept.sum()), len(records)), order, np.ones(len(order), bool))
-        self._steps, self._matrices = steps[order], merged
+            if before is not None or after is not None: merged[name] = _joined(before, after, int(kept.sum()), len(records)).at(order)
+        self._steps, self._matrices = steps[order], {name: m for name, m in merged.items() if m.present.any()}
+        self._kinds = {name: self._kinds[name] for name in self._matrices}
 
     @property
     def steps(self) -> np.ndarray: # [checkpoints] int64, ascending
@@ -178,11 +196,13 @@ class SpectrumHistory:
     @property
     def shapes(self) -> dict[str, tuple[int, int]]: # Rows and columns by matrix
         "The matrices' shapes, in the model's order"
+        self._merge()
         return {name: shape for name, (shape, _) in self._kinds.items()}
 
     @property
     def matrices(self) -> list[str]:
         "The names of the matrices, in the model's order"
+        self._merge()
         return list(self._kinds)
 
     def __len__(self): return len(self.steps)
@@ -191,8 +211,8 @@ class SpectrumHistory:
         name:str, # A matrix
     ) -> MatrixHistory:
         "All that is kept of one matrix"
-        if name not in self._kinds: raise KeyError(f"no matrix {name!r}; there are {', '.join(self.matrices) or 'none'}")
         self._merge()
+        if name not in self._kinds: raise KeyError(f"no matrix {name!r}; there are {', '.join(self.matrices) or 'none'}")
         return self._matrices[name]
 
     def __getitem__(self, name:str) -> np.ndarray: # [checkpoints, rank] float64, descending along the ranks
@@ -229,7 +249,7 @@ def _metric_stacks(history, tails):
         yield names, found
 
 def _tail_arrays(s, precision):
-    fits = fit_power_law(s**2, floor=min(.5, (s.shape[-1] * precision)**2))
+    fits = fit_tails(s.reshape(-1, s.shape[-1]), precision)
     return {f"tail_{name}": fits[name].to_numpy(float).reshape(s.shape[:-1]) for name in TAIL_COLUMNS}
 
 def metrics_table(

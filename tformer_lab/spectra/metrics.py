@@ -48,9 +48,16 @@ class Spectrum:
         return self.nan_where(total == 0, total)
 
     @cached_property
+    def zero_level(self) -> Array: # [...]
+        "The share of the largest value up to which values are zero"
+        r, xp = max(1, self.values.shape[-1]), self.xp
+        rounding = self.precision * xp.sqrt(xp.sum(self.energy, axis=-1) / r)
+        return xp.maximum(rounding, xp.ones_like(rounding) * (r * xp.finfo(self.values.dtype).eps))
+
+    @cached_property
     def is_zero(self) -> Array: # [..., r] bool
         "Which values are zero to the entries' precision"
-        return ~(self.relative > self.values.shape[-1] * self.precision)
+        return ~(self.relative > self.zero_level[..., None])
 
     def nan_where(self, undefined:Array, value:Array) -> Array:
         "The value, or NaN"
@@ -66,13 +73,16 @@ def as_spectrum(
 ) -> Spectrum:
     "Take singular values as they come, and refuse what cannot be any"
     if isinstance(s, Spectrum): return s
-    if isinstance(s, (list, tuple)): s = np.asarray(s, dtype=float)
+    if isinstance(s, (list, tuple)): s = np.asarray(s)
+    if isinstance(s, np.ndarray) and s.dtype.kind not in "fiub": raise ValueError(f"singular values have to be real numbers; these are {s.dtype}")
     xp = array_namespace(s)
+    if xp.isdtype(s.dtype, "complex floating"): raise ValueError("singular values have to be real numbers; these are complex")
     if s.ndim < 1: raise ValueError("singular values have to be an array [..., r]; this is a single number")
     if not xp.isdtype(s.dtype, "real floating"): s = xp.astype(s, xp.float64)
+    if xp.finfo(s.dtype).bits < 32: s = xp.astype(s, xp.float32)  # no decomposition is done in less
     if s.shape[-1] > 1 and xp.any(s[..., 1:] > s[..., :-1]): raise ValueError("singular values have to be in descending order along the last axis")
     if xp.any(s < 0): raise ValueError("singular values cannot be negative")
-    checked = Spectrum(s, xp, float(xp.finfo(s.dtype).eps) if precision is None else precision)
+    checked = Spectrum(s, xp, float(xp.finfo(s.dtype).eps) if precision is None else float(precision))
     broken = ~xp.isfinite(xp.sum(s, axis=-1, keepdims=True))
     if xp.any(broken): checked.values = checked.nan_where(broken & ~xp.all(xp.isfinite(s), axis=-1, keepdims=True), s)
     return checked
@@ -190,7 +200,7 @@ def decay_r2(
     s = as_spectrum(s)
     if s.values.shape[-1] < 8: return s.undefined()
     _, explained, total = _decay(s, s.xp)
-    flat = total <= s.values.shape[-1] * s.xp.finfo(s.values.dtype).eps**2
+    flat = total <= s.values.shape[-1] * (4 * max(s.precision, s.xp.finfo(s.values.dtype).eps))**2
     return s.nan_where(flat, explained / s.xp.where(flat, s.xp.ones_like(total), total))
 
 # %% ../../nbs/spectra/metrics.ipynb #a136c4f7
@@ -232,7 +242,7 @@ def metric_arrays(
     "Every metric, by name"
     s = as_spectrum(s, precision)
     found = {name: metric(s) for name, metric in METRICS.items()} | dict(zip(QUARTILES, s.xp.moveaxis(quantiles(s), -1, 0)))
-    return {name: np.asarray(value.cpu() if hasattr(value, "cpu") else value, dtype=float) for name, value in found.items()}
+    return {name: np.asarray(value.double().cpu() if hasattr(value, "cpu") else value, dtype=float) for name, value in found.items()}
 
 def spectral_metrics(
     s:Array|Spectrum, # [..., r] singular values, descending

@@ -13,23 +13,25 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .decomposition import chunks, singular_values
+from .decomposition import checked_shape, chunks, singular_values
 from .matrices import Product
 from .metrics import metric_arrays
-from .tails import fit_power_law
+from .tails import fit_tails
 
 if TYPE_CHECKING: import pandas as pd
 
 # %% auto #0
-__all__ = ['ROUNDING', 'gaussian_null', 'product_null', 'permutation_nulls', 'with_tail', 'percentile_in', 'null_band',
+__all__ = ['ROUNDING', 'gaussian_null', 'product_null', 'permutation_nulls', 'with_tail', 'percentile_in', 'band_of', 'null_band',
            'compare_with_null']
 
 # %% ../../nbs/spectra/nulls.ipynb #93e24733
 def _chi(rng, degrees, draws):
     return np.sqrt(rng.chisquare(degrees, size=(draws, len(degrees))))
 
-def _check_draws(draws):
-    if not isinstance(draws, int) or draws < 1: raise ValueError(f"draws is {draws!r}: it has to be a positive number of random spectra")
+def _check_draws(draws, *sides):
+    if not isinstance(draws, (int, np.integer)) or draws < 1: raise ValueError(f"draws is {draws!r}: it has to be a positive number of random spectra")
+    if sides and min(sides) < 1: raise ValueError(f"the shape is {' × '.join(map(str, sides))}: all sides have to be positive")
+    return int(draws)
 
 @lru_cache(maxsize=64)
 def _gaussian(long, short, draws, seed):
@@ -51,8 +53,7 @@ def gaussian_null(
     seed:int=0,
 ) -> np.ndarray: # [draws, min(rows, columns)] singular values, descending, of entries with variance 1; read-only
     "Singular values of Gaussian matrices, drawn exactly without forming them"
-    _check_draws(draws)
-    if min(rows, columns) < 1: raise ValueError(f"the shape is {rows} × {columns}: both sides have to be positive")
+    draws = _check_draws(draws, rows, columns)
     return _gaussian(max(rows, columns), min(rows, columns), draws, seed)
 
 # %% ../../nbs/spectra/nulls.ipynb #c380af8c
@@ -72,7 +73,7 @@ def product_null(
     seed:int=0,
 ) -> np.ndarray: # [draws, min(rows, inner, columns)] singular values, descending, of factors with entries of variance 1; read-only
     "Singular values of products of two Gaussian matrices"
-    _check_draws(draws)
+    draws = _check_draws(draws, rows, inner, columns)
     rng = np.random.default_rng((seed, rows, inner, columns))
     left, right = _triangular(rng, rows, inner, draws), _triangular(rng, columns, inner, draws)
     s = np.linalg.svd(left @ right.transpose(0, 2, 1), compute_uv=False)
@@ -84,10 +85,15 @@ def _permutations(entries, draws, seed):
     generator = torch.Generator().manual_seed(seed)
     for _ in range(draws): yield torch.randperm(entries, generator=generator)
 
-def _orders(matrix, draws, seed):
-    "One permutation a draw for each factor of a matrix"
-    sizes = (matrix.left.numel(), matrix.right.numel()) if isinstance(matrix, Product) else (matrix.numel(),)
-    return zip(*(_permutations(entries, draws, seed + i) for i, entries in enumerate(sizes)))
+def _sizes(matrix):
+    "The entries of a matrix, or of each factor of a product"
+    return (matrix.left.numel(), matrix.right.numel()) if isinstance(matrix, Product) else (matrix.numel(),)
+
+def _alike(matrices):
+    "Names of matrices of one shape and one inner side, in chunks"
+    kinds:dict[tuple, list[str]] = {}
+    for name, matrix in matrices.items(): kinds.setdefault((checked_shape(name, matrix), _sizes(matrix)), []).append(name)
+    return [names for (shape, _), alike in kinds.items() for names in chunks(dict.fromkeys(alike, shape))]
 
 def _shuffled(matrix, permutation):
     return matrix.reshape(-1)[permutation.to(matrix.device)].reshape(matrix.shape)
@@ -102,10 +108,9 @@ def permutation_nulls(
     seed:int=0,
 ) -> dict[str, np.ndarray]: # [draws, rank] singular values, descending
     "Singular values of matrices with their entries shuffled, the same permutations for all"
-    _check_draws(draws)
-    found = {name: [] for name in matrices}
-    for names in chunks({name: matrix.shape for name, matrix in matrices.items()}):
-        for orders in _orders(matrices[names[0]], draws, seed):
+    draws, found = _check_draws(draws), {name: [] for name in matrices}
+    for names in _alike(matrices):
+        for orders in zip(*(_permutations(entries, draws, seed + i) for i, entries in enumerate(_sizes(matrices[names[0]])))):
             for name, s in singular_values({name: _reordered(matrices[name], orders) for name in names}).items(): found[name].append(s)
     return {name: np.stack(rows) for name, rows in found.items()}
 
@@ -117,21 +122,28 @@ def with_tail(
     precision:float|None=None, # Relative precision of the matrix's entries; that of the values' type if not given
 ) -> dict[str, np.ndarray]: # [...] by name
     "Every metric, and tail_alpha, the exponent of a power law fitted to the eigenvalues"
-    eps = float(np.finfo(np.float64).eps) if precision is None else precision
-    fits = fit_power_law(np.atleast_2d(s**2), floor=min(.5, (s.shape[-1] * eps)**2))
-    return metric_arrays(s, precision) | {"tail_alpha": fits["alpha"].to_numpy().reshape(s.shape[:-1])}
+    return metric_arrays(s, precision) | {"tail_alpha": fit_tails(s, precision)["alpha"].to_numpy().reshape(s.shape[:-1])}
 
 def percentile_in(
     values:np.ndarray, # [...]
     null:np.ndarray, # [draws]
 ) -> np.ndarray: # [...] from 0 to 100; NaN where the value or the whole null is NaN
     "Where values fall among draws; a draw that equals the value but for rounding counts half"
-    null = np.sort(null[np.isfinite(null)])
+    null = np.sort(null[~np.isnan(null)])
     values = np.asarray(values, dtype=float)
     if not len(null): return np.full(values.shape, np.nan)
-    rounding = ROUNDING * np.abs(values)
+    rounding = ROUNDING * np.abs(np.where(np.isfinite(values), values, 0.))
     below = (np.searchsorted(null, values - rounding, "left") + np.searchsorted(null, values + rounding, "right")) / 2
     return np.where(np.isnan(values), np.nan, 100 * below / len(null))
+
+def band_of(
+    values:np.ndarray, # [draws]
+    level:float=.95, # Share of the draws inside
+) -> np.ndarray: # low, median, high; NaN where there are no draws
+    "The quantiles of draws, some of which may be infinite"
+    values = values[~np.isnan(values)]
+    if not len(values): return np.full(3, np.nan)
+    return np.quantile(values, ((1 - level) / 2, .5, (1 + level) / 2), method="linear" if np.isfinite(values).all() else "nearest")
 
 def null_band(
     null:np.ndarray, # [draws, r] singular values
@@ -141,8 +153,7 @@ def null_band(
     "Where each metric of a null's spectra lies"
     import pandas as pd
     if not 0 < level < 1: raise ValueError(f"level is {level}: it has to be between 0 and 1")
-    rows = {name: np.quantile(values[np.isfinite(values)], ((1 - level) / 2, .5, (1 + level) / 2)) if np.isfinite(values).any() else np.full(3, np.nan)
-            for name, values in with_tail(null, precision).items()}
+    rows = {name: band_of(values, level) for name, values in with_tail(null, precision).items()}
     return pd.DataFrame.from_dict(rows, orient="index", columns=["low", "median", "high"])
 
 def compare_with_null(

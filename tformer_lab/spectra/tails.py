@@ -14,25 +14,45 @@ import numpy as np
 import torch
 from scipy import optimize, special, stats
 
+from .decomposition import each
+
 if TYPE_CHECKING: import pandas as pd
 
 # %% auto #0
-__all__ = ['FEWEST', 'BLOCK', 'BUFFER', 'hill', 'Scan', 'PowerLawFit', 'fit_power_law', 'xmin_table', 'GoodnessOfFit',
-           'goodness_of_fit', 'compare_tails']
+__all__ = ['FEWEST', 'EPS', 'BLOCK', 'BUFFER', 'hill', 'Scan', 'PowerLawFit', 'fit_power_law', 'fit_tails', 'xmin_table',
+           'GoodnessOfFit', 'goodness_of_fit', 'compare_tails']
 
 # %% ../../nbs/spectra/tails.ipynb #17aceeea
 FEWEST = 8  # distinct positive values that a fit needs
 
-def _sample(x, floor=0.):
+EPS = float(np.finfo(float).eps)
+
+def _as_real(x):
+    if not isinstance(x, torch.Tensor): x = np.asarray(x)
+    kind = ("c" if x.is_complex() else "f") if isinstance(x, torch.Tensor) else x.dtype.kind
+    if kind not in "fiub": raise ValueError(f"values have to be real numbers; these are {x.dtype}")
+    return x.detach().cpu().double() if isinstance(x, torch.Tensor) else torch.as_tensor(x.astype(float))
+
+def _sample(x, precision=None):
     "Values [B, n] in descending order, 0 where they count as zero; their leading dimensions; which rows are not finite"
-    x = torch.as_tensor(np.asarray(x, dtype=float) if not isinstance(x, torch.Tensor) else x.detach().cpu().double())
+    x = _as_real(x)
     if x.ndim < 1: raise ValueError("a tail is fitted to an array [..., n] of values; this is a single number")
     if (x < 0).any(): raise ValueError("values have to be positive: eigenvalues of a Gram matrix are squares of singular values")
     rows = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
     broken = ~rows.isfinite().all(-1)
     rows = torch.where(broken[:, None], 0., rows).sort(dim=-1, descending=True).values
-    if rows.shape[1]: rows = torch.where(rows > floor * rows[:, :1], rows, 0.)
+    if rows.shape[1]: rows = torch.where(rows > _floor(rows, precision), rows, 0.)
     return rows, x.shape[:-1], broken
+
+def _floor(rows, precision):
+    "[B, 1] What eigenvalues of a matrix are when they are zero to the precision of its entries and of the decomposition"
+    largest = rows[:, :1]
+    energy = (rows / torch.where(largest == 0, 1., largest)).mean(-1, keepdim=True)
+    return torch.maximum((precision or EPS)**2 * energy, torch.full_like(energy, (rows.shape[1] * EPS)**2)) * largest
+
+def _resolution(n, precision):
+    "The relative spread below which values are equal to their precision"
+    return 4 * max(precision or EPS, n * EPS)
 
 # %% ../../nbs/spectra/tails.ipynb #c82d5626
 def hill(
@@ -45,7 +65,7 @@ def hill(
     k = torch.arange(1, logs.shape[1], dtype=torch.float64)
     mean_excess = logs[:, :-1].cumsum(-1) / k - logs[:, 1:]
     undefined = ~((mean_excess > 1e-14) & mean_excess.isfinite()) | broken[:, None]
-    return torch.where(undefined, torch.nan, 1 + 1 / mean_excess).reshape(*lead, -1).numpy()
+    return torch.where(undefined, torch.nan, 1 + 1 / mean_excess).reshape(*lead, logs.shape[1] - 1).numpy()
 
 # %% ../../nbs/spectra/tails.ipynb #6b1c9158
 def _counts(logs):
@@ -85,6 +105,11 @@ BLOCK, BUFFER = 32, 2**17  # candidates at a time, and numbers at a time: a buff
 def _distances(logs, counts, slopes, log_xmax=None):
     "[B, n] Kolmogorov-Smirnov distance of the fit of every candidate"
     B, n = logs.shape
+    parts = torch.get_num_threads() if B * n * n > 2**20 else 1
+    return torch.cat(each(lambda part: _part_distances(*part, log_xmax), list(zip(*(x.tensor_split(parts) for x in (logs, counts, slopes))))))
+
+def _part_distances(logs, counts, slopes, log_xmax):
+    B, n = logs.shape
     tied = bool((counts != torch.arange(1, n + 1)).any())
     found, buffer = torch.empty_like(logs), torch.empty(max(BUFFER, BLOCK * n), dtype=torch.float64)
     for i in range(0, n, BLOCK):
@@ -121,13 +146,13 @@ class Scan:
     slopes:torch.Tensor # [B, n] alpha_mle - 1
     distances:torch.Tensor # [B, n] Kolmogorov-Smirnov distances, infinite where a value is no candidate
 
-def _scan(values, log_xmax=None):
+def _scan(values, log_xmax=None, resolution=0.):
     logs = values.log()
     counts, last = _counts(logs)
     slopes = _slopes(logs, counts, log_xmax)
     positive = logs > -torch.inf
     distinct = (last & positive).cumsum(-1)
-    candidate = last & positive & (distinct > 2) & slopes.isfinite() & ((slopes > 0) | (log_xmax is not None))
+    candidate = last & positive & (distinct > 2) & slopes.isfinite() & (slopes * resolution < 1) & ((slopes > 0) | (log_xmax is not None))
     safe = torch.where(candidate, slopes, 1.)
     distances = _distances(torch.where(positive, logs, -1e300), counts, safe, log_xmax)
     return Scan(values, counts, slopes, torch.where(candidate, distances, torch.inf))
@@ -179,14 +204,14 @@ def _standard_errors(b, count, width):
     variance = np.where(small, 1 / 12 - c**2 / 240, 1 / safe**2 - 1 / (4 * np.sinh(safe / 2)**2)) * width**2
     return 1 / np.sqrt(count * variance)
 
-def _fitted(values, broken, xmin, xmax, fewest=FEWEST):
+def _fitted(values, broken, xmin, xmax, precision=None):
     "The fits of all rows as columns"
     B, names = len(values), ("alpha", "alpha_mle", "sigma", "xmin", "ks")
     log_xmax = None if xmax == math.inf else math.log(xmax)
-    distinct = _distinct(values).numpy()
+    distinct, resolution = _distinct(values).numpy(), _resolution(values.shape[1], precision)
     if values.shape[1] < 2: found = {name: np.full(B, np.nan) for name in ("b", "xmin", "ks")} | {"n_tail": np.zeros(B)}
-    else: found = _best(_scan(values, log_xmax)) if xmin is None else _given(values, xmin, log_xmax)
-    good = np.isfinite(found["ks"]) & np.isfinite(found["b"]) & (distinct >= fewest) & ~broken.numpy()
+    else: found = _best(_scan(values, log_xmax, resolution)) if xmin is None else _given(values, xmin, log_xmax)
+    good = np.isfinite(found["ks"]) & np.isfinite(found["b"]) & (found["b"] * resolution < 1) & (distinct >= FEWEST) & ~broken.numpy()
     count, b = np.where(good, found["n_tail"], 1), np.where(good, found["b"], np.nan)
     sigma = _standard_errors(b, count, None if log_xmax is None else log_xmax - np.log(np.where(good, found["xmin"], 1.)))
     columns = (1 + (b * (count - 1) / count if log_xmax is None else b), 1 + b, sigma, found["xmin"], found["ks"])
@@ -197,18 +222,19 @@ def _status(good, broken, largest, distinct):
     if good: return "ok"
     if broken: return "values that are not finite"
     if largest == 0: return "no positive values"
-    return f"fewer than {FEWEST} distinct positive values ({distinct})" if distinct < FEWEST else "no threshold leaves a tail to fit"
+    return f"fewer than {FEWEST} distinct positive values ({distinct})" if distinct < FEWEST else "values that are equal to their precision"
 
 # %% ../../nbs/spectra/tails.ipynb #7ca2fba5
-def _check_limits(xmin, xmax, floor):
+def _check_limits(xmin, xmax, precision):
     if xmin is not None and not 0 < xmin < math.inf: raise ValueError(f"xmin is {xmin}: it has to be positive")
     if not 0 < xmax: raise ValueError(f"xmax is {xmax}: it has to be positive")
     if xmin is not None and xmin >= xmax: raise ValueError(f"xmin is {xmin} and xmax {xmax}: the tail is between them")
-    if not 0 <= floor < 1: raise ValueError(f"floor is {floor}: it has to be from 0 to 1, a share of the largest value")
+    if precision is not None and not 0 < precision < math.inf: raise ValueError(f"precision is {precision}: it has to be positive, 2**-23 for float32")
 
-def _against(columns, null):
+def _against(columns, null, n):
     "Where the fits fall among those of the null"
-    values, _, broken = _sample(null)
+    values, lead, broken = _sample(null)
+    if not lead or values.shape[1] != n: raise ValueError(f"a null of spectra with {n} values is an array [draws, {n}]; this is {list(np.shape(null))}")
     alphas = _fitted(values, broken, None, math.inf)["alpha"]
     alphas = np.sort(alphas[np.isfinite(alphas)])
     if not len(alphas): raise ValueError("no power law can be fitted to the null's values: it has to be an array [draws, n] of eigenvalues")
@@ -224,34 +250,47 @@ def fit_power_law(
     x, # [..., n] positive values (eigenvalues) in any order
     xmin:float|None=None, # Where the tail begins; by the smallest Kolmogorov-Smirnov distance if not given
     xmax:float=math.inf, # Cut-off: larger values are left out, and the density ends there
-    floor:float=0., # Values up to this share of the largest count as zero: (r ε)² for eigenvalues of a matrix with r singular values in precision ε
+    precision:float|None=None, # Relative precision of the entries of the matrix whose eigenvalues these are; float64 if not given
     null=None, # [draws, n] eigenvalues of random matrices of the same shape, of any scale
 ) -> PowerLawFit|pd.DataFrame: # For a batch a table with the same columns, a row a sample, leading dimensions flattened
     "Fit a power law to the largest values by maximum likelihood (Clauset, Shalizi and Newman 2009)"
-    _check_limits(xmin, xmax, floor)
-    values, lead, broken = _sample(x, floor)
+    _check_limits(xmin, xmax, precision)
+    values, lead, broken = _sample(x, precision)
     if xmax < math.inf: values = torch.where(values > xmax, 0., values).sort(dim=-1, descending=True).values
-    columns = _fitted(values, broken, xmin, xmax)
-    columns = columns | {"xmax": np.full(len(values), xmax)} | ({} if null is None else _against(columns, null))
+    columns = _fitted(values, broken, xmin, xmax, precision)
+    columns = columns | {"xmax": np.full(len(values), xmax)} | ({} if null is None else _against(columns, null, values.shape[1]))
     if not lead: return PowerLawFit(**{name: column[0].item() if hasattr(column[0], "item") else column[0] for name, column in columns.items()})
     import pandas as pd
     return pd.DataFrame(columns)
+
+# %% ../../nbs/spectra/tails.ipynb #833af310
+def fit_tails(
+    s, # [..., r] singular values, descending
+    precision:float|None=None, # Relative precision of the matrix's entries; float64 if not given
+) -> pd.DataFrame: # As of `fit_power_law` on the eigenvalues s², a row a spectrum, leading dimensions flattened
+    "Power laws fitted to the eigenvalues of spectra"
+    s = np.atleast_2d(np.asarray(s, dtype=float))
+    largest = s.max(-1, keepdims=True, initial=0.)
+    units = np.where((largest > 0) & np.isfinite(largest), largest, 1.)
+    table = fit_power_law((s / units)**2, precision=precision)
+    with np.errstate(over="ignore", under="ignore"): table["xmin"] = table["xmin"].to_numpy() * units.reshape(-1)**2
+    return table
 
 # %% ../../nbs/spectra/tails.ipynb #04a4321c
 def xmin_table(
     x, # [n] positive values in any order
     xmax:float=math.inf, # Cut-off: larger values are left out, and the density ends there
-    floor:float=0., # Values up to this share of the largest count as zero
+    precision:float|None=None, # Relative precision of the entries of the matrix whose eigenvalues these are; float64 if not given
 ) -> pd.DataFrame: # xmin, n_tail, alpha, alpha_mle, sigma, ks; ascending in xmin
     "The fit from every candidate threshold on"
     import pandas as pd
-    _check_limits(None, xmax, floor)
-    values, lead, broken = _sample(x, floor)
+    _check_limits(None, xmax, precision)
+    values, lead, broken = _sample(x, precision)
     if lead: raise ValueError("the table is of one sample: an array [n]")
     values = values[values <= xmax][None]
     if broken.any() or values.shape[1] < 2: return pd.DataFrame(columns=["xmin", "n_tail", "alpha", "alpha_mle", "sigma", "ks"], dtype=float)
     log_xmax = None if xmax == math.inf else math.log(xmax)
-    scan = _scan(values, log_xmax)
+    scan = _scan(values, log_xmax, _resolution(values.shape[1], precision))
     candidates = scan.distances[0].isfinite().flip(0)
     xmin, count, b, ks = (column[0].flip(0)[candidates].numpy() for column in (scan.values, scan.counts, scan.slopes, scan.distances))
     sigma = _standard_errors(b, count, None if log_xmax is None else log_xmax - np.log(xmin))
@@ -271,17 +310,18 @@ def goodness_of_fit(
     x, # [n] positive values in any order
     draws:int=1000, # Synthetic samples; the p-value's error is about 0.5 / sqrt(draws)
     level:float=.95, # Coverage of the interval
-    floor:float=0., # Values up to this share of the largest count as zero
+    precision:float|None=None, # Relative precision of the entries of the matrix whose eigenvalues these are; float64 if not given
     seed:int=0,
 ) -> GoodnessOfFit:
     "Parametric bootstrap of the fit, the threshold chosen anew for each synthetic sample"
     if draws < 1 or not 0 < level < 1: raise ValueError(f"draws is {draws} and level {level}: at least one draw, and a level between 0 and 1")
-    values, lead, broken = _sample(x, floor)
+    values, lead, broken = _sample(x, precision)
     if lead: raise ValueError("the bootstrap is of one sample: an array [n]")
-    fit = fit_power_law(values[0], floor=floor) if not broken.any() else fit_power_law([math.nan])
+    fit = fit_power_law(values[0] if not broken.any() else [math.nan], precision=precision)
     if fit.status != "ok": return GoodnessOfFit(math.nan, math.nan, math.nan, 0, fit.status)
     synthetic = _synthetic(values[0].numpy(), fit, draws, np.random.default_rng(seed))
-    again = _fitted(torch.from_numpy(synthetic), torch.zeros(draws, dtype=torch.bool), None, math.inf)
+    if not np.isfinite(synthetic).all(): return GoodnessOfFit(math.nan, math.nan, math.nan, 0, "samples from so small an exponent overflow")
+    again = _fitted(torch.from_numpy(synthetic), torch.zeros(draws, dtype=torch.bool), None, math.inf, precision)
     low, high = np.nanquantile(again["alpha"], ((1 - level) / 2, (1 + level) / 2))
     return GoodnessOfFit(float(np.nanmean(again["ks"] >= fit.ks)), float(low), float(high), draws, "ok")
 
@@ -289,48 +329,60 @@ def _synthetic(values, fit, draws, rng):
     "[draws, n] samples, descending: below xmin from the values there, above it from the fit"
     below, n = values[values < fit.xmin], len(values)
     tail = rng.random((draws, n)) < fit.n_tail / n if len(below) else np.ones((draws, n), bool)
-    found = fit.xmin * rng.random((draws, n))**(-1 / (fit.alpha_mle - 1))
+    with np.errstate(over="ignore"): found = fit.xmin * rng.random((draws, n))**(-1 / (fit.alpha_mle - 1))
     if len(below): found[~tail] = rng.choice(below, size=(~tail).sum())
     return -np.sort(-found, axis=-1)
 
 # %% ../../nbs/spectra/tails.ipynb #8580e8ce
-_NODES, _WEIGHTS = np.polynomial.legendre.leggauss(120)
+_NODES, _WEIGHTS = np.polynomial.legendre.leggauss(160)
+_SQUARE = (lambda t: t**2, lambda t: 2 * t)
+_EXPONENTIAL = (lambda t: np.expm1(np.minimum(t, 700.)), lambda t: np.exp(np.minimum(t, 700.)))
 
-def _log_normalization(alpha, rate):
-    "log of the integral of z^-alpha exp(-rate z) over z > 1"
-    if rate == 0: return -math.log(alpha - 1) if alpha > 1 else math.inf
-    end = math.log1p(45 / rate)  # beyond it exp(-rate z) is below 1e-19 of its value at 1
-    if alpha > 1: end = min(end, 45 / (alpha - 1))
-    t = end * (_NODES + 1) / 2
-    exponent = -(alpha - 1) * t - rate * np.expm1(t)
-    top = exponent.max()
-    return top - rate + math.log(end / 2 * (_WEIGHTS * np.exp(exponent - top)).sum())
+def _peak(theta, kind):
+    "Where the density of t is largest, from 0 on"
+    if theta[0] >= 0 or theta[1] == 0: return 0.
+    return -theta[0] / (2 * theta[1]) if kind is _SQUARE else max(0., math.log(-theta[0] / theta[1]))
+
+def _log_normalization(theta, kind):
+    "log of the integral of the density over t > 0; infinite where there is none"
+    statistic, slope = kind
+    height = lambda t: -theta[0] * t - theta[1] * statistic(t)
+    if theta[1] < 0 or (theta[1] == 0 and theta[0] <= 0): return math.inf
+    top = _peak(theta, kind)
+    width = 1 / max(abs(theta[0] + theta[1] * slope(top)), math.sqrt(2 * theta[1] * (1. if kind is _SQUARE else math.exp(min(top, 700.)) / 2)), 1e-300)
+    right = left = width
+    low = height(top) - 45
+    while height(top + right) > low: right *= 1.4
+    while height(top + right / 1.4) < low: right /= 1.4
+    while left < top and height(top - left) > low: left *= 1.4
+    while left > top / 1e6 and height(top - min(top, left / 1.4)) < low: left /= 1.4
+    start, end = max(0., top - left), top + right
+    t = start + (end - start) * (_NODES + 1) / 2
+    return height(top) + math.log((end - start) / 2 * (_WEIGHTS @ np.exp(height(t) - height(top))))
+
+def _family_fit(t, kind):
+    "Maximum likelihood of theta for a sample t >= 0, and the log-likelihood of each value"
+    statistic = kind[0]
+    unit = np.array([t.mean(), statistic(t).mean()])
+    loss = lambda scaled: _log_normalization(scaled / unit, kind) + scaled.sum()  # per value; 1, 0 is the power law
+    inside = lambda p: loss(np.array([p[0], math.exp(min(p[1], 300.))]))
+    found = [optimize.minimize(inside, start, method="Nelder-Mead", options={"xatol": 1e-8, "fatol": 1e-12, "maxiter": 2000}) for start in ((1., -6.), (.5, -1.), (-.5, .5))]
+    best = min(found, key=lambda f: f.fun)
+    theta = np.array([best.x[0], math.exp(min(best.x[1], 300.))] if best.fun < loss(np.array([1., 0.])) else [1., 0.]) / unit
+    return theta, -theta[0] * t - theta[1] * statistic(t) - _log_normalization(theta, kind)
 
 def _exponential_likelihood(z):
     rate = 1 / (z.mean() - 1)
     return math.log(rate) - rate * (z - 1), {"rate": rate}
 
 def _lognormal_likelihood(z):
-    y = np.log(z)
-    def likelihood(mu, log_sigma):
-        sigma = math.exp(log_sigma)
-        return -y - log_sigma - .5 * math.log(2 * math.pi) - .5 * ((y - mu) / sigma)**2 - special.log_ndtr(mu / sigma)
-    starts = [(y.mean(), math.log(y.std())), (0., math.log(np.sqrt((y**2).mean()))), (-5 * y.std(), math.log(3 * y.std()))]
-    mu, log_sigma = _maximum(lambda p: likelihood(*p).mean(), starts, [(-200 * y.std(), None), (math.log(y.std()) - 5, math.log(y.std()) + 5)])
-    return likelihood(mu, log_sigma), {"mu": mu, "sigma": math.exp(log_sigma)}
+    (a, c), likelihood = _family_fit(np.log(z), _SQUARE)
+    mu, sigma = (-a / (2 * c), math.sqrt(1 / (2 * c))) if c > 0 else (-math.inf, math.inf)
+    return likelihood - np.log(z), {"mu": mu, "sigma": sigma}
 
 def _truncated_likelihood(z):
-    y, b = np.log(z), 1 / np.log(z).mean()
-    likelihood = lambda alpha, rate: -alpha * y - rate * z - _log_normalization(alpha, rate)
-    starts = [(1 + b, 1e-3 / z.mean()), (1 + b / 2, .3 / z.mean()), (0., 1 / z.mean())]
-    alpha, rate = _maximum(lambda p: likelihood(*p).mean(), starts, [(-20, 1 + 20 * b), (1e-12, 100 / (z.mean() - 1))])
-    if likelihood(alpha, rate).sum() < likelihood(1 + b, 0.).sum(): alpha, rate = 1 + b, 0.
-    return likelihood(alpha, rate), {"alpha": alpha, "rate": rate}
-
-def _maximum(function, starts, bounds):
-    found = [optimize.minimize(lambda p: -function(p), np.clip(s, *np.array([(-np.inf if l is None else l, np.inf if h is None else h) for l, h in bounds]).T), bounds=bounds,
-                               method="Nelder-Mead", options={"xatol": 1e-9, "fatol": 1e-12, "maxiter": 2000}) for s in starts]
-    return min(found, key=lambda result: result.fun).x.tolist()
+    (b, rate), likelihood = _family_fit(np.log(z), _EXPONENTIAL)
+    return likelihood - np.log(z), {"alpha": 1 + b, "rate": rate}
 
 # %% ../../nbs/spectra/tails.ipynb #096579ac
 def compare_tails(
@@ -339,13 +391,16 @@ def compare_tails(
 ) -> pd.DataFrame: # alternative, log_ratio, normalized, p_value, favored, parameters (in units of xmin); a row an alternative
     "Likelihood ratios of the power law against an exponential, a lognormal and a truncated power law (Vuong 1989)"
     import pandas as pd
+    values, lead, broken = _sample(x)
+    if lead: raise ValueError("the comparison is of one sample: an array [n]")
     fit = fit_power_law(x) if fit is None else fit
     columns = ["alternative", "log_ratio", "normalized", "p_value", "favored", "parameters"]
     if fit.status != "ok": return pd.DataFrame(columns=columns)
+    if broken.any(): raise ValueError("the sample has values that are not finite")
     if fit.xmax < math.inf: raise ValueError("the alternatives have no cut-off: compare them with a fit without xmax")
-    values = _sample(x)[0]
-    if len(values) != 1: raise ValueError("the comparison is of one sample: an array [n]")
     z = values[0][values[0] >= fit.xmin].numpy() / fit.xmin
+    if len(z) != fit.n_tail: raise ValueError(f"the fit is of another sample: its tail has {fit.n_tail} values, here {len(z)} are at least {fit.xmin:.4g}")
+    if z[0] > 1e150: raise ValueError(f"the tail spans {math.log10(z[0]):.0f} decades: its alternatives overflow")
     b = fit.alpha_mle - 1
     power_law = math.log(b) - (b + 1) * np.log(z)
     laws = {"exponential": _exponential_likelihood, "lognormal": _lognormal_likelihood, "truncated power law": _truncated_likelihood}

@@ -43,7 +43,7 @@ def _leading(matrix, k):
     "Left and right vectors of the k largest values, and the gap behind them relative to the largest"
     u, s, v = singular_vectors(matrix)
     if not 0 < k <= len(s): raise ValueError(f"k is {k}: these matrices have 1 to {len(s)} singular values")
-    gap = float((s[k - 1] - s[k]) / s[0]) if k < len(s) and s[0] > 0 else float(s[k - 1] > 0)
+    gap = float((s[k - 1] - (s[k] if k < len(s) else 0.)) / s[0]) if s[0] > 0 else 0.
     return u[:, :k], v[:, :k], gap
 
 def subspace_overlap(
@@ -119,7 +119,11 @@ def track(
 ) -> Trajectories:
     "Follow single singular values over training, through crossings"
     if leading_at not in ("first", "last"): raise ValueError(f"leading_at is {leading_at!r}: it has to be 'first' or 'last'")
-    found = [(step, *(x.cpu() for x in singular_vectors(m))) for step, m in _chosen(checkpoints, matrix)]
+    found, shapes = [], {}
+    for step, m in _chosen(checkpoints, matrix):
+        shapes.setdefault(tuple(m.shape), step)
+        if len(shapes) > 1: raise ValueError(f"{matrix} changes its shape: " + ", ".join(f"{rows} × {columns} from step {first} on" for (rows, columns), first in shapes.items()))
+        found.append((step, *(x.cpu() for x in singular_vectors(m))))
     if not 0 < k <= len(found[0][2]): raise ValueError(f"k is {k}: {matrix} has 1 to {len(found[0][2])} singular values")
     order = found if leading_at == "first" else found[::-1]
     _, u, s, v = order[0]
