@@ -26,7 +26,7 @@ def _smaller_gram(x):
     return x @ x.mT if x.shape[-2] <= x.shape[-1] else x.mT @ x
 
 def _lower_gram(x, blocks=4):
-    "The lower triangle [r, r] of the Gram matrix of one matrix [rows, columns], in strips: little more than half of the work"
+    "The Gram matrix [r, r] of one matrix [rows, columns], in strips, of which only the lower triangle is filled: little more than half of the work"
     tall = x if x.shape[0] >= x.shape[1] else x.mT
     r = tall.shape[1]
     gram = x.new_empty(r, r)
