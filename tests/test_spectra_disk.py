@@ -250,7 +250,8 @@ def test_a_trainers_pytorch_weights_and_shards_are_read(tmp_path):
 def test_a_trainers_checkpoint_without_weights_is_named_and_the_others_are_kept(tmp_path, decomposed):
     folder = trainer_folder(tmp_path / "out", 1, 2)
     (folder / "checkpoint-2/model.safetensors").unlink()
-    with pytest.raises(ValueError, match="checkpoint-2"): read(folder)
+    with pytest.warns(UserWarning, match="left out: step 2:.*checkpoint-2"): assert_history(read(folder), (1,))
+    with pytest.warns(UserWarning), pytest.raises(ValueError, match="checkpoint-2"): read(folder / "checkpoint-2*", steps=[2])
     save_file(weights(2), folder / "checkpoint-2/model.safetensors")
     del decomposed[:]
     assert_history(read(folder), (1, 2))
@@ -564,3 +565,20 @@ def test_with_and_without_a_cache_a_change_of_shape_has_one_outcome(tmp_path):
             try: return read(tmp_path, **options).steps.tolist()
             except ValueError: return "refused"
     assert outcome(cache=True) == outcome(cache=False)
+
+
+def test_steps_that_are_exchanged_exchange_the_spectra(tmp_path):
+    for i in (1, 2):
+        (tmp_path / f"run{i}").mkdir()
+        save_file({"w": torch.eye(3) * i}, tmp_path / f"run{i}" / "model.safetensors")
+        os.utime(tmp_path / f"run{i}" / "model.safetensors", (1e9, 1e9))
+    for steps in ([1, 2], [2, 1]): assert read(tmp_path / "*/model.safetensors", steps=steps)["w"][:, 0].tolist() == steps
+
+
+def test_a_checkpoint_that_is_being_written_is_left_out_and_read_later(tmp_path):
+    folder = flat(tmp_path / "run", 1, 2, 3)
+    whole = (folder / "model-3.pt").read_bytes()
+    (folder / "model-3.pt").write_bytes(whole[:len(whole) // 2])
+    with pytest.warns(UserWarning, match="left out: step 3"): assert_history(read(folder), (1, 2))
+    (folder / "model-3.pt").write_bytes(whole)
+    assert_history(read(folder), (1, 2, 3))

@@ -519,3 +519,44 @@ def test_tails_do_not_depend_on_the_scale_of_a_matrix(scale):
 
 def test_a_huge_matrix_in_double_has_singular_values():
     np.testing.assert_allclose(singular_values({"a": torch.full((2, 2), 2.**1000, dtype=torch.float64)})["a"], [2.**1001, 0], rtol=1e-6, atol=2.**980)
+
+
+# what a reader of the first version found
+
+def test_a_null_is_not_compared_with_a_fit_from_another_threshold():
+    null = gaussian_null(60, 90, 50)**2
+    for given in (dict(xmin=2.), dict(xmax=3.)):
+        with pytest.raises(ValueError, match="own threshold"): fit_power_law(SAMPLE, null=null, **given)
+
+
+def test_too_few_draws_say_nothing():
+    x = torch.randn(24, 48, generator=torch.Generator().manual_seed(0))
+    few, enough = (analyze({"x": x}, draws=draws, progress=False).iloc[0] for draws in (38, 39))
+    assert few["tail"] == "" and np.isnan(few.alpha_null_low) and not np.isnan(few.alpha_percentile)
+    assert enough["tail"] == "like noise" and enough.alpha_null_low < enough.alpha < enough.alpha_null_high
+
+
+@pytest.mark.parametrize("dtype, rank", [(torch.float32, 3), (torch.bfloat16, 2)])
+def test_rounding_noise_of_a_low_rank_matrix_is_no_bulk(dtype, rank):
+    generator = torch.Generator().manual_seed(0)
+    low = (torch.randn(60, rank, generator=generator, dtype=torch.float64) @ torch.randn(rank, 80, generator=generator, dtype=torch.float64)).to(dtype)
+    row = analyze({"low": low}, None, progress=False).iloc[0]
+    assert row.numerical_rank == rank and "bulk: rank deficient" in row.skipped and np.isnan([row.bulk_variance, row.bulk_ks]).all()
+
+
+def test_what_was_not_learnt_has_no_spikes():
+    before = torch.randn(60, 80, generator=torch.Generator().manual_seed(0))
+    after = before + 3 * torch.outer(torch.linspace(-1, 1, 60), torch.linspace(0, 1, 80))
+    row = analyze({"w": after}, None, minus={"w": before}, progress=False).iloc[0]
+    assert row.numerical_rank == 1 and "bulk: rank deficient" in row.skipped
+
+
+def test_percentiles_do_not_depend_on_the_matrices_beside():
+    a = torch.randn(40, 40, generator=torch.Generator().manual_seed(0))
+    one, other = (analyze(pair, draws=50, progress=False).set_index("matrix").loc["a"] for pair in ({"a": a, "b": a.bfloat16()}, {"b": a.bfloat16(), "a": a}))
+    assert one.drop("skipped").equals(other.drop("skipped"))
+
+
+def test_half_of_a_lora_pair_is_analyzed_as_the_matrix_that_it_is():
+    table = analyze({"q.lora_A.default.weight": torch.randn(8, 32)}, draws=5, progress=False)
+    assert len(table) == 1 and table["rank"][0] == 8

@@ -368,7 +368,7 @@ def test_a_verdict_is_where_the_exponent_falls_among_those_of_the_null(kind, see
     fit, alphas = fit_power_law(x, null=null * scale), np.array([fit_power_law(row).alpha for row in null])
     if fit.status != "ok": assert fit.verdict == "" and np.isnan(fit.percentile)
     else:
-        low, high = np.quantile(alphas, (.025, .975))
+        low, high = np.quantile(alphas, (.025, .975), method="weibull")
         np.testing.assert_allclose([fit.null_low, fit.null_high], [low, high], rtol=1e-6)
         np.testing.assert_allclose(fit.percentile, 100 * (alphas < fit.alpha).mean(), atol=100 / 40)
         if min(abs(fit.alpha - low), abs(fit.alpha - high)) > 1e-6: assert fit.verdict == ("heavier than noise" if fit.alpha < low else "lighter than noise" if fit.alpha > high else "like noise")

@@ -19,15 +19,16 @@ from .changes import gradient_matrices, weight_difference
 from .decomposition import chunks, read_spectra, singular_vectors
 from .matrices import weight_matrices
 from .metrics import QUARTILES, inverse_participation, metric_arrays
-from .nulls import band_of, gaussian_null, percentile_in, permutation_nulls, product_null
+from .nulls import gaussian_null, permutation_nulls, product_null
+from .percentiles import band_of, percentile_in, verdict
 from .random_matrix import fit_marchenko_pastur, spike_strength
-from .tails import fit_tails, goodness_of_fit, hill
+from .tails import HEAVIER, fit_tails, goodness_of_fit
 from ..storage import write_atomically
 
 if TYPE_CHECKING: import pandas as pd
 
 # %% auto #0
-__all__ = ['PRODUCTS', 'SCALED', 'DESCRIPTION', 'LAST', 'WHOLE', 'PRINTED', 'analyze', 'main']
+__all__ = ['SCALED', 'DESCRIPTION', 'LAST', 'WHOLE', 'PRINTED', 'analyze', 'main']
 
 # %% ../../nbs/spectra/analysis.ipynb #2d968aa4
 def _groups(found, key):
@@ -44,35 +45,34 @@ def _of_spectra(s, precision):
     tail = {name: fits[name].to_numpy() for name in ("alpha", "alpha_mle", "sigma", "xmin", "ks", "n_tail", "status")}
     return metric_arrays(s, precision) | tail
 
-def _of_bulk(s, shape):
+def _of_bulk(s, shape, precision):
     "The fit of the Marchenko-Pastur law to spectra [n, r] as columns"
     rows, columns = shape
-    fit = fit_marchenko_pastur(s, rows, columns)
+    fit = fit_marchenko_pastur(s, rows, columns, precision=precision)
     strength = np.full(len(s), np.nan)
     for i in np.flatnonzero(fit.n_spikes > 0):
         others = int(fit.n_spikes[i]) - 1  # the largest spike sees the noise that the others leave
         strength[i] = spike_strength(s[i, 0], rows - others, columns - others, fit.variance[i])
     return {"bulk_variance": fit.variance, "mp_low": fit.low, "mp_high": fit.high, "bulk_ks": fit.ks, "n_spikes": fit.n_spikes, "spike_strength": strength, "bulk_status": fit.status}
 
-def _measured(found, about):
+def _measured(found):
     "A dictionary of columns for each name"
     rows = {name: {} for name in found}
     def take(names, columns):
         for i, name in enumerate(names): rows[name] |= {column: values[i] for column, values in columns.items()}
     for (_, precision), names in _groups(found, lambda name, s: (len(s.values), s.precision)).items(): take(names, _of_spectra(_stack(found, names), precision))
-    for (shape, product), names in _groups(found, lambda name, s: (s.shape, about[name].kind in PRODUCTS)).items():
-        take(names, {"bulk_status": ["a product: no Marchenko–Pastur law"] * len(names)} if product else _of_bulk(_stack(found, names), shape))
+    for (shape, precision, product), names in _groups(found, lambda name, s: (s.shape, s.precision, s.inner is not None)).items():
+        take(names, {"bulk_status": ["a product: no Marchenko–Pastur law"] * len(names)} if product else _of_bulk(_stack(found, names), shape, precision))
     return rows
 
 # %% ../../nbs/spectra/analysis.ipynb #a0bbf746
-PRODUCTS = ("circuit", "lora")  # kinds of matrices that are products
 SCALED = ("spectral_norm", "frobenius_norm", *QUARTILES)  # metrics that grow with the entries
 
-def _gaussian_nulls(found, matrices, draws, seed):
+def _gaussian_nulls(found, draws, seed):
     "By name a null [draws, r] and the variance of its entries"
-    about = matrices.about
     for name, s in found.items():
-        if about[name].kind in PRODUCTS: yield name, product_null(s.shape[0], inner := matrices[name].left.shape[1], s.shape[1], draws, seed), float(inner)
+        if not len(s.values): continue
+        if s.inner is not None: yield name, product_null(s.shape[0], s.inner, s.shape[1], draws, seed), float(s.inner)
         else: yield name, gaussian_null(*s.shape, draws, seed), 1.
 
 def _permuted(found, matrices, draws, seed):
@@ -82,29 +82,18 @@ def _permuted(found, matrices, draws, seed):
 
 def _beside(row, s, null, variance, known):
     "Percentiles of a row's values among those of its null"
-    key = id(null)
+    key = id(null), s.precision
     if key not in known: known[key] = null, _of_spectra(null, s.precision)  # the null is kept, so that no other gets its id
     drawn = known[key][1]
     scale = math.sqrt(s.variance / variance) if variance > 0 else math.nan
     columns = {f"{name}_percentile": float(percentile_in(row[name], values * (scale if name in SCALED else 1.))) for name, values in drawn.items()
                if name not in ("alpha_mle", "sigma", "xmin", "ks", "n_tail", "status")}
     low, _, high = band_of(drawn["alpha"])
-    return columns | {"alpha_null_low": low, "alpha_null_high": high, "tail": _verdict(row["alpha"], low, high), "hill_percentile": _at_same_size(row, s, null)}
-
-def _at_same_size(row, s, null):
-    "Where Hill's exponent of as many values as the tail has falls among those of the null"
-    if not 2 <= row["n_tail"] <= null.shape[1]: return math.nan
-    k = int(row["n_tail"]) - 1  # values above the smallest of the tail
-    unit = lambda x: (x / x[..., :1])**2
-    return float(percentile_in(hill(unit(s.values))[k - 1], hill(unit(null))[:, k - 1]))
-
-def _verdict(alpha, low, high):
-    if not (math.isfinite(alpha) and math.isfinite(low)): return ""
-    return "heavier than noise" if alpha < low else "lighter than noise" if alpha > high else "like noise"
+    return columns | {"alpha_null_low": low, "alpha_null_high": high, "tail": str(verdict(row["alpha"], low, high, HEAVIER))}
 
 # %% ../../nbs/spectra/analysis.ipynb #b76ba97b
 DESCRIPTION = ("matrix", "kind", "layer", "role", "head", "rows", "columns", "rank", "variance")
-LAST = ("alpha", "alpha_mle", "sigma", "xmin", "ks", "n_tail", "p_value", "alpha_low", "alpha_high", "alpha_percentile", "alpha_null_low", "alpha_null_high", "tail", "hill_percentile",
+LAST = ("alpha", "alpha_mle", "sigma", "xmin", "ks", "n_tail", "p_value", "alpha_low", "alpha_high", "alpha_percentile", "alpha_null_low", "alpha_null_high", "tail",
         "bulk_variance", "mp_low", "mp_high", "bulk_ks", "n_spikes", "spike_strength", "left_localization", "right_localization")
 
 def _skipped(row, s):
@@ -142,14 +131,13 @@ def _table(rows, left_out):
 def _chosen(x, minus, gradients, options):
     if gradients and minus is not None: raise ValueError("gradients have nothing to subtract: leave out minus, or gradients")
     if gradients: return gradient_matrices(x, **options)
-    matrices = weight_matrices(x, **options)
-    return matrices if minus is None else weight_difference(matrices, weight_matrices(minus, **options))
+    return weight_matrices(x, **options) if minus is None else weight_difference(x, minus, **options)
 
 # %% ../../nbs/spectra/analysis.ipynb #170b3c66
 def analyze(
     x, # An nn.Module, a state dict, a file, a folder: what `weight_matrices` takes
     null:Literal["gaussian", "permutation"]|None="gaussian", # Random matrices to compare with
-    draws:int=100, # Random matrices for each shape, or permutations of each matrix
+    draws:int=100, # Random matrices for each shape, or permutations of each matrix; with fewer than 39 there is no band
     *,
     minus=None, # Earlier weights of the same model, as x: the table is of x - minus, what was learnt in between
     gradients:bool=False, # Gradients of a module in place of its weights?
@@ -161,13 +149,14 @@ def analyze(
 ) -> pd.DataFrame: # A row a matrix
     "The spectra of all matrices, with their tails and bulks, beside those of noise"
     if null not in ("gaussian", "permutation", None): raise ValueError(f"null is {null!r}: it has to be 'gaussian', 'permutation' or None")
-    if draws < 1 or bootstrap < 0: raise ValueError(f"draws is {draws} and bootstrap {bootstrap}: draws has to be 1 or more, bootstrap 0 or more")
+    if draws < 1: raise ValueError(f"draws is {draws}: it has to be 1 or more")
+    if bootstrap < 0: raise ValueError(f"bootstrap is {bootstrap}: it has to be 0 or more")
     matrices = _chosen(x, minus, gradients, options)
     if not matrices: raise ValueError(f"there is no matrix to analyze in {matrices}" + "".join(f"\n  {name}: {why}" for name, why in list(matrices.left_out.items())[:8]))
     found = dict(tqdm(read_spectra(matrices), "spectra", len(matrices), disable=not progress, leave=False))
     found = {name: found[name] for name in matrices}
     about = matrices.about
-    rows = _measured(found, about)
+    rows = _measured(found)
     if null is not None: _compare(rows, found, matrices, null, draws, seed, progress)
     for name in tqdm(found, "vectors and bootstrap", disable=not progress or not (vectors or bootstrap), leave=False):
         if vectors and np.isfinite(found[name].values).all(): rows[name] |= _localization(matrices[name])
@@ -176,7 +165,7 @@ def analyze(
 
 def _compare(rows, found, matrices, null, draws, seed, progress):
     known = {}
-    nulls = _gaussian_nulls(found, matrices, draws, seed) if null == "gaussian" else _permuted(found, matrices, draws, seed)
+    nulls = _gaussian_nulls(found, draws, seed) if null == "gaussian" else _permuted(found, matrices, draws, seed)
     for name, values, variance in tqdm(nulls, f"{null} null", len(found), disable=not progress, leave=False):
         rows[name] |= _beside(rows[name], found[name], values, variance, known)
         if null == "permutation": known.clear()
@@ -204,10 +193,13 @@ def _parser():
     parser.add_argument("--min-size", type=int, default=1, metavar="N", help="the least smaller side (default: %(default)s)")
     parser.add_argument("--heads", nargs="?", type=int, const=True, metavar="N", help="one matrix for each attention head; N where the file does not tell how many")
     parser.add_argument("--circuits", action="store_true", help="the products QK and OV of each head, too")
+    parser.add_argument("--max-size", type=int, metavar="N", help="the greatest smaller side")
+    parser.add_argument("--vectors", action="store_true", help="how localized the leading singular vectors are, too")
     parser.add_argument("--bootstrap", type=int, default=0, metavar="N", help="synthetic samples for the p-value of each tail (default: none)")
     parser.add_argument("--seed", type=int, default=0, help="of the null and the bootstrap (default: %(default)s)")
     return parser
 
+# %% ../../nbs/spectra/analysis.ipynb #eb14c5c5
 def _output(given, path, force):
     output = Path(given or f"{Path(path).absolute().stem or 'model'}-spectra.csv")
     if output.suffix not in (".csv", ".json"): raise ValueError(f"{output}: the table is written as .csv or .json")
@@ -231,10 +223,11 @@ def main(
     try:
         output = _output(given.output, given.path, given.force)
         table = analyze(given.path, None if given.null == "none" else given.null, given.draws, minus=given.minus, bootstrap=given.bootstrap, seed=given.seed, progress=sys.stderr.isatty(),
-                        include=given.include, exclude=given.exclude, kinds=given.kinds, min_size=given.min_size, heads=given.heads, circuits=given.circuits)
+                        include=given.include, exclude=given.exclude, kinds=given.kinds, min_size=given.min_size, max_size=given.max_size, vectors=given.vectors, heads=given.heads, circuits=given.circuits)
     except (ValueError, TypeError, OSError, KeyError) as error:
         print(f"tformer-spectra: {error.args[0] if isinstance(error, KeyError) and error.args else error}", file=sys.stderr)
         return 2
+    table = table.assign(null=given.null, draws=given.draws if given.null != "none" else 0, seed=given.seed)
     text = table.to_csv(index=False) if output.suffix == ".csv" else table.to_json(orient="records", indent=1)
     write_atomically(output, text.encode())
     print(_printed(table))

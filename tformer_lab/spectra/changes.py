@@ -51,10 +51,12 @@ def _rounding(a, b, difference):
     return sum(torch.finfo(x.dtype).eps * float(x.double().norm()) for x in (a, b)) / 2 / size
 
 def weight_difference(
-    after:WeightMatrices, # As `weight_matrices` gives them
-    before:WeightMatrices, # Of the same model, earlier
+    after, # Weights: what `weight_matrices` takes
+    before, # Of the same model, earlier
+    **options, # For `weight_matrices`
 ) -> Changes: # By name; what only one of the two has, or has in another shape, is in left_out
     "What was learnt in between: after - before"
+    after, before = weight_matrices(after, **options), weight_matrices(before, **options)
     reasons = {name: f"not in {which}" for one, other, which in ((after, before, "the earlier weights"), (before, after, "the later weights")) for name in one if name not in other}
     reasons |= {name: f"{after.shapes[name]}, and {before.shapes[name]} before" for name in after if name in before and after.shapes[name] != before.shapes[name]}
     about = {name: info for name, info in after.about.items() if name not in reasons}

@@ -12,9 +12,9 @@ import os
 import re
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 from tqdm.auto import tqdm
@@ -26,7 +26,7 @@ from .matrices import weight_matrices
 from ..storage import FileError, StepFolder, read_safetensors, step_file, step_files, write_atomically
 
 # %% auto #0
-__all__ = ['CACHE', 'SUFFIXES', 'SpectraFolder', 'find_checkpoints', 'from_checkpoints']
+__all__ = ['CACHE', 'NAMING', 'SUFFIXES', 'SpectraFolder', 'find_checkpoints', 'from_checkpoints']
 
 # %% ../../nbs/spectra/checkpoints.ipynb #0da9872c
 CACHE = ".history.safetensors"
@@ -117,7 +117,7 @@ def _write_cache(path, history, stamps):
     tensors |= {"steps": history.steps, "stamps": np.array([stamps[step] for step in history.steps.tolist()], np.int64).reshape(-1, 2),
                 "variances": np.array([history.variances(name) for name in history.matrices]).reshape(len(history.matrices), -1),
                 "present": np.array([history.matrix(name).present for name in history.matrices]).reshape(len(history.matrices), -1)}
-    about = [{"name": name, "shape": list(m.shape), "rank": m.values.shape[1], "precision": m.precision} for name in history.matrices for m in [history.matrix(name)]]
+    about = [{"name": name, "shape": list(m.shape), "rank": m.values.shape[1], "precision": m.precision, "inner": m.inner} for name in history.matrices for m in [history.matrix(name)]]
     try: write_atomically(path, safetensors.numpy.save(tensors, {"format": "1", "matrices": json.dumps(about)}), durable=False)
     except OSError: pass  # a folder that can only be read: the next reader opens all files again
 
@@ -132,12 +132,13 @@ def _read_cache(path):
         for i, about in enumerate(json.loads(metadata["matrices"])):
             values = next(rows[f"rank_{int(about['rank'])}"])
             if values.shape != (len(steps), int(about["rank"])) or not len(variances[i]) == len(present[i]) == len(steps): raise ValueError("another size")
-            matrices[str(about["name"])] = MatrixHistory(values, variances[i], present[i].astype(bool), tuple(map(int, about["shape"])), float(about["precision"]))
+            matrices[str(about["name"])] = MatrixHistory(values, variances[i], present[i].astype(bool), tuple(map(int, about["shape"])), float(about["precision"]), about["inner"] and int(about["inner"]))
         if stamps.shape != (len(steps), 2) or (np.diff(steps) <= 0).any(): raise ValueError("another order")
         return SpectrumHistory.from_arrays(steps, matrices), dict(zip(steps.tolist(), map(tuple, stamps.tolist())))
     except (FileError, KeyError, TypeError, ValueError, IndexError, StopIteration): return SpectrumHistory(), {}
 
 # %% ../../nbs/spectra/checkpoints.ipynb #9e0ede15
+NAMING = 1  # of matrices; another number where their names or their parts change, so that nothing old is taken
 SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt")
 
 def _holds_weights(path):
@@ -202,41 +203,18 @@ def _is_done(file, source):
     except FileError: return False
 
 def _matrices(path, base, options):
-    matrices = weight_matrices(path, **options)
-    return matrices if base is None else weight_difference(matrices, weight_matrices(base, **options))
+    return weight_matrices(path, **options) if base is None else weight_difference(path, base, **options)
 
-def _decompose(step, path, base, options, file, source):
-    import safetensors.numpy
+def _decompose(step, path, base, options):
     matrices = _matrices(path, base, options)
     if not matrices: raise ValueError(f"{path} has no 2-D floating-point weights to read a spectrum from")
     found = dict(read_spectra(matrices))
-    record = SpectrumRecord(step, {name: found[name] for name in matrices})
-    if file is not None:
-        tensors, metadata = pack(record)
-        write_atomically(file, safetensors.numpy.save(tensors, metadata | {"source": source}))
-    return record
+    return SpectrumRecord(step, {name: found[name] for name in matrices})
 
-def from_checkpoints(
-    folder_or_glob:str|Path, # "checkpoints", or "runs/*/model-*.pt"
-    steps:Sequence[int]|Mapping[str, int]|None=None, # Of the checkpoints in the natural order of their names, or by name; read from the names if not given
-    minus:Literal["first", "previous"]|None=None, # Spectra of what was learnt since the first checkpoint, or since the one before, in place of the weights
-    cache:bool=True, # Keep the spectra beside the checkpoints?
-    progress:bool=True, # Show a progress bar?
-    **options, # Which matrices: for `weight_matrices`
-) -> SpectrumHistory:
-    "The spectra of a training run, from its checkpoints"
-    if minus not in (None, "first", "previous"): raise ValueError(f"minus is {minus!r}: it has to be None, 'first' or 'previous'")
-    found = find_checkpoints(folder_or_glob, steps)
-    bases = dict(zip(found, {None: [None] * len(found), "first": [next(iter(found.values()))] * len(found), "previous": [None, *found.values()]}[minus]))
-    if minus: del found[next(iter(found))]
-    if not found: raise ValueError(f"there is one checkpoint, and nothing to subtract {minus} from")
-    folder, records = _writable(_cache_folder(found.values(), folder_or_glob, options | {"minus": minus})) if cache else None, []
-    for step, path in tqdm(found.items(), desc="checkpoints", disable=not progress, leave=False):
-        source = f"{path.name}/{_stamp(path)}" + (f" - {bases[step].name}/{_stamp(bases[step])}" if bases[step] else "")
-        file = folder / step_file(step) if folder else None
-        if file is None or not _is_done(file, source): records.append(_decompose(step, path, bases[step], options, file, source))
-    name = Path(str(folder_or_glob)).name
-    return _of_one_model(records, name) if folder is None else _renamed(_selected(SpectraFolder(folder).history(), list(found)), name)
+def _keep(record, file, source):
+    import safetensors.numpy
+    tensors, metadata = pack(record)
+    write_atomically(file, safetensors.numpy.save(tensors, metadata | {"source": source}))
 
 def _of_one_model(records, name):
     "A history of records, without those of another model than most"
@@ -252,3 +230,34 @@ def _writable(folder):
         warnings.warn(f"the spectra are not kept: {folder.parent} cannot be written ({error.strerror})", stacklevel=3)
         return None
     return folder if os.access(folder, os.W_OK) else None
+
+# %% ../../nbs/spectra/checkpoints.ipynb #865ca8db
+def from_checkpoints(
+    folder_or_glob:str|Path, # "checkpoints", or "runs/*/model-*.pt"
+    steps:Sequence[int]|Mapping[str, int]|None=None, # Of the checkpoints in the natural order of their names, or by name; read from the names if not given
+    minus:Literal["first", "previous"]|None=None, # Spectra of what was learnt since the first checkpoint, or since the one before, in place of the weights
+    cache:bool=True, # Keep the spectra beside the checkpoints?
+    progress:bool=True, # Show a progress bar?
+    **options, # Which matrices: for `weight_matrices`
+) -> SpectrumHistory:
+    "The spectra of a training run, from its checkpoints"
+    if minus not in (None, "first", "previous"): raise ValueError(f"minus is {minus!r}: it has to be None, 'first' or 'previous'")
+    found = find_checkpoints(folder_or_glob, steps)
+    bases = dict(zip(found, {None: [None] * len(found), "first": [next(iter(found.values()))] * len(found), "previous": [None, *found.values()]}[minus]))
+    if minus: del found[next(iter(found))]
+    if not found: raise ValueError(f"there is one checkpoint, and nothing to subtract {minus} from")
+    folder, records, unread = _writable(_cache_folder(found.values(), folder_or_glob, options | {"minus": minus})) if cache else None, [], {}
+    for step, path in tqdm(found.items(), desc="checkpoints", disable=not progress, leave=False):
+        source = " - ".join(f"{NAMING}:{os.path.relpath(p, folder)}/{_stamp(p)}" for p in (path, bases[step]) if p is not None) if folder else ""
+        file = folder / step_file(step) if folder else None
+        if file is not None and _is_done(file, source): continue
+        try: record = _decompose(step, path, bases[step], options)
+        except (ValueError, OSError) as error:  # half written, by a training that goes on
+            unread[step] = error
+            warnings.warn(f"left out: step {step}: {error}", stacklevel=2)
+            continue
+        if file is None: records.append(record)
+        else: _keep(record, file, source)
+    if len(unread) == len(found): raise next(iter(unread.values()))
+    name = Path(str(folder_or_glob)).name
+    return _of_one_model(records, name) if folder is None else _renamed(_selected(SpectraFolder(folder).history(), [step for step in found if step not in unread]), name)

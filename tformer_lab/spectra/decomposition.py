@@ -79,7 +79,7 @@ def _large_values(matrix, exact, slab_bytes):
     from scipy import linalg
     if not exact:
         gram = _slabbed_gram(matrix, slab_bytes)
-        if not gram.isfinite().all(): return gram.new_full(gram.shape[:1], float("nan"))
+        if not gram.diagonal().isfinite().all(): return gram.new_full(gram.shape[:1], float("nan"))
         if gram.device.type != "cpu": s = _values_of_gram(torch.linalg.eigvalsh(gram))
         else: s = _values_of_gram(_eigenvalues_in_place(gram))
         del gram
@@ -134,6 +134,7 @@ def each(
     size:int=1, # Bytes that a call needs
 ) -> list: # What the function returns, in the order of the items
     "A function of each item, on one thread each, as many at once as torch has threads and a chunk has room for"
+    if not items: return []
     workers = min(torch.get_num_threads(), len(items), max(1, CHUNK_BYTES // max(1, size)))
     with torch_threads(1):
         if workers == 1: return [function(item) for item in items]
@@ -147,6 +148,7 @@ class MatrixSpectrum:
     shape:tuple[int, int] # Rows and columns
     variance:float # Of the entries
     precision:float # Relative precision of the entries' type
+    inner:int|None=None # Of a product: the side that its factors share
 
 def _precision(matrix):
     return float(torch.finfo(matrix.left.dtype if isinstance(matrix, Product) else matrix.dtype).eps)
@@ -154,7 +156,7 @@ def _precision(matrix):
 def _spectrum(matrix, s, mean):
     entries = matrix.shape[0] * matrix.shape[1]
     variance = float(((s @ s) / entries - mean * mean).clamp_min(0.)) if entries and not s.isnan().any() else float("nan")
-    return MatrixSpectrum(s.cpu().numpy(), tuple(matrix.shape), variance, _precision(matrix))
+    return MatrixSpectrum(s.cpu().numpy(), tuple(matrix.shape), variance, _precision(matrix), matrix.left.shape[1] if isinstance(matrix, Product) else None)
 
 def _is_exact(matrix):
     return matrix.dtype == torch.float64
@@ -180,6 +182,7 @@ def _large_spectrum(matrix):
     if matrix.device.type == "mps": matrix = matrix.cpu()
     return _spectrum(matrix, _large_values(matrix, _is_exact(matrix), CHUNK_BYTES // 8), matrix.mean(dtype=torch.float64))
 
+# %% ../../nbs/spectra/decomposition.ipynb #767e62f4
 def _group(matrix):
     "What is decomposed together"
     if isinstance(matrix, Product): return "product"
@@ -220,6 +223,7 @@ def chunks(
             room -= size
     return found
 
+# %% ../../nbs/spectra/decomposition.ipynb #3402f0fa
 def read_spectra(
     matrices:Mapping[str, Tensor|Product], # [rows, columns] by name; values may be read when asked for
 ) -> Iterator[tuple[str, MatrixSpectrum]]: # By name, those of one shape together

@@ -16,6 +16,8 @@ import numpy as np
 from .decomposition import MatrixSpectrum, read_spectra
 from .matrices import weight_matrices
 from .metrics import metric_arrays
+from .nulls import gaussian_null, product_null
+from .percentiles import percentile_in
 from .tails import fit_tails
 
 if TYPE_CHECKING: import pandas as pd
@@ -51,7 +53,7 @@ def pack(
     "A record as a few tensors, with the names in the metadata"
     rows:dict[int, list[np.ndarray]] = {}
     for s in record.spectra.values(): rows.setdefault(len(s.values), []).append(s.values)
-    about = [{"name": name, "shape": list(s.shape), "rank": len(s.values), "precision": s.precision} for name, s in record.spectra.items()]
+    about = [{"name": name, "shape": list(s.shape), "rank": len(s.values), "precision": s.precision} | ({"inner": s.inner} if s.inner else {}) for name, s in record.spectra.items()]
     return {f"rank_{r}": np.stack(values) for r, values in rows.items()}, {
         "format": str(FORMAT), "step": str(record.step), "matrices": json.dumps(about), "variances": json.dumps([s.variance for s in record.spectra.values()])}
 
@@ -63,12 +65,12 @@ def check_descending(
     if (values < 0).any() or (values[..., 1:] > values[..., :-1]).any(): raise ValueError(f"values of {what} are negative, or not in descending order")
 
 def _described(about):
-    "Name, shape, rank and precision of a matrix in a file"
+    "Name, shape, rank, precision and inner side of a matrix in a file"
     name, (rows, columns) = about["name"], about["shape"]
     if not isinstance(name, str): raise ValueError("a matrix without a name")
     rank, precision = about.get("rank", min(rows, columns)), about.get("precision", float(np.finfo(np.float32).eps))
     if not 0 <= int(rank) <= min(rows, columns): raise ValueError(f"{name} is {rows} × {columns}, and has {rank} values")
-    return name, (int(rows), int(columns)), int(rank), float(precision)
+    return name, (int(rows), int(columns)), int(rank), float(precision), int(about["inner"]) if about.get("inner") else None
 
 @lru_cache(maxsize=64)
 def _descriptions(text):
@@ -92,7 +94,7 @@ def unpack(
             if stack.ndim != 2 or key != f"rank_{stack.shape[1]}": raise ValueError(f"{key} holds values {list(stack.shape)}")
             check_descending(stack, key)
         left = {key: iter(np.asarray(stack, dtype=float)) for key, stack in tensors.items()}
-        spectra = {name: MatrixSpectrum(next(left[f"rank_{rank}"]), shape, variance, precision) for (name, shape, rank, precision), variance in zip(rows, variances)}
+        spectra = {name: MatrixSpectrum(next(left[f"rank_{rank}"]), shape, variance, precision, inner) for (name, shape, rank, precision, inner), variance in zip(rows, variances)}
         return SpectrumRecord(int(metadata["step"]), spectra)
     except (KeyError, StopIteration, TypeError, ValueError) as error:
         raise ValueError(f"these are no recorded spectra: {type(error).__name__}: {error}") from error
@@ -106,12 +108,13 @@ class MatrixHistory:
     present:np.ndarray # [checkpoints] bool: which checkpoints have it
     shape:tuple[int, int] # Rows and columns
     precision:float # Relative precision of the entries' type; of several the coarsest
+    inner:int|None=None # Of a product: the side that its factors share
 
     def at(self,
         rows:np.ndarray, # [n] places among the checkpoints, or a mask
     ) -> MatrixHistory:
         "The history at some of its checkpoints"
-        return MatrixHistory(self.values[rows], self.variances[rows], self.present[rows], self.shape, self.precision)
+        return MatrixHistory(self.values[rows], self.variances[rows], self.present[rows], self.shape, self.precision, self.inner)
 
 def _stacked(records, name):
     "A matrix's history from records"
@@ -119,17 +122,17 @@ def _stacked(records, name):
     shape, rank, precision = present[0].shape, len(present[0].values), max(s.precision for s in present)
     missing = MatrixSpectrum(np.full(rank, np.nan), shape, np.nan, precision)
     rows = [r.spectra.get(name, missing) for r in records]
-    return MatrixHistory(np.stack([s.values for s in rows]), np.array([s.variance for s in rows]), np.array([name in r.spectra for r in records]), shape, precision)
+    return MatrixHistory(np.stack([s.values for s in rows]), np.array([s.variance for s in rows]), np.array([name in r.spectra for r in records]), shape, precision, present[0].inner)
 
 def _absent(n, like):
     "Checkpoints without a matrix"
-    return MatrixHistory(np.full((n, like.values.shape[1]), np.nan), np.full(n, np.nan), np.zeros(n, bool), like.shape, like.precision)
+    return MatrixHistory(np.full((n, like.values.shape[1]), np.nan), np.full(n, np.nan), np.zeros(n, bool), like.shape, like.precision, like.inner)
 
 def _joined(first, second, kept, added):
     "One after the other, either of which may be missing"
     first, second = first if first is not None else _absent(kept, second), second if second is not None else _absent(added, first)
     both = (np.concatenate([getattr(first, part), getattr(second, part)]) for part in ("values", "variances", "present"))
-    return MatrixHistory(*both, first.shape, max(first.precision, second.precision))
+    return MatrixHistory(*both, first.shape, max(first.precision, second.precision), first.inner)
 
 # %% ../../nbs/spectra/history.ipynb #6a8828b8
 class SpectrumHistory:
@@ -245,12 +248,20 @@ def _metric_stacks(history, tails):
     for (rank, precision), names in groups.items():
         s = np.stack([history[name] for name in names])
         found = metric_arrays(s, precision)
-        if tails: found |= _tail_arrays(s, precision)
+        if tails: found |= _tail_arrays(s, precision) | {"tail_percentile": np.full(s.shape[:-1], np.nan)}
+        if tails:
+            for i, name in enumerate(names): found["tail_percentile"][i] = percentile_in(found["tail_alpha"][i], _noise_exponents(*history.shapes[name], history.matrix(name).inner, precision))
         yield names, found
 
 def _tail_arrays(s, precision):
     fits = fit_tails(s.reshape(-1, s.shape[-1]), precision)
     return {f"tail_{name}": fits[name].to_numpy(float).reshape(s.shape[:-1]) for name in TAIL_COLUMNS}
+
+@lru_cache(maxsize=256)
+def _noise_exponents(rows, columns, inner, precision, draws=200):
+    "Exponents of the tails of Gaussian matrices of a shape, or of products of two"
+    null = gaussian_null(rows, columns, draws) if inner is None else product_null(rows, inner, columns, draws)
+    return fit_tails(null, precision)["alpha"].to_numpy()
 
 def metrics_table(
     history:SpectrumHistory,

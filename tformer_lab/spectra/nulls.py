@@ -16,13 +16,13 @@ from torch import Tensor
 from .decomposition import checked_shape, chunks, singular_values
 from .matrices import Product
 from .metrics import metric_arrays
+from .percentiles import band_of, percentile_in, verdict
 from .tails import fit_tails
 
 if TYPE_CHECKING: import pandas as pd
 
 # %% auto #0
-__all__ = ['ROUNDING', 'gaussian_null', 'product_null', 'permutation_nulls', 'with_tail', 'percentile_in', 'band_of', 'null_band',
-           'compare_with_null']
+__all__ = ['gaussian_null', 'product_null', 'permutation_nulls', 'with_tail', 'null_band', 'compare_with_null']
 
 # %% ../../nbs/spectra/nulls.ipynb #93e24733
 def _chi(rng, degrees, draws):
@@ -104,7 +104,7 @@ def _reordered(matrix, orders):
 
 def permutation_nulls(
     matrices:Mapping[str, Tensor|Product], # [rows, columns] by name
-    draws:int=20, # Permutations of each
+    draws:int=40, # Permutations of each; a band of 95% needs 39
     seed:int=0,
 ) -> dict[str, np.ndarray]: # [draws, rank] singular values, descending
     "Singular values of matrices with their entries shuffled, the same permutations for all"
@@ -115,8 +115,6 @@ def permutation_nulls(
     return {name: np.stack(rows) for name, rows in found.items()}
 
 # %% ../../nbs/spectra/nulls.ipynb #e3f7b64e
-ROUNDING = 1e-10  # relative; the Frobenius norm of a shuffled matrix is that of the matrix but for this
-
 def with_tail(
     s:np.ndarray, # [..., r] singular values, descending
     precision:float|None=None, # Relative precision of the matrix's entries; that of the values' type if not given
@@ -124,51 +122,31 @@ def with_tail(
     "Every metric, and tail_alpha, the exponent of a power law fitted to the eigenvalues"
     return metric_arrays(s, precision) | {"tail_alpha": fit_tails(s, precision)["alpha"].to_numpy().reshape(s.shape[:-1])}
 
-def percentile_in(
-    values:np.ndarray, # [...]
-    null:np.ndarray, # [draws]
-) -> np.ndarray: # [...] from 0 to 100; NaN where the value or the whole null is NaN
-    "Where values fall among draws; a draw that equals the value but for rounding counts half"
-    null = np.sort(null[~np.isnan(null)])
-    values = np.asarray(values, dtype=float)
-    if not len(null): return np.full(values.shape, np.nan)
-    rounding = ROUNDING * np.abs(np.where(np.isfinite(values), values, 0.))
-    below = (np.searchsorted(null, values - rounding, "left") + np.searchsorted(null, values + rounding, "right")) / 2
-    return np.where(np.isnan(values), np.nan, 100 * below / len(null))
-
-def band_of(
-    values:np.ndarray, # [draws]
-    level:float=.95, # Share of the draws inside
-) -> np.ndarray: # low, median, high; NaN where there are no draws
-    "The quantiles of draws, some of which may be infinite"
-    values = values[~np.isnan(values)]
-    if not len(values): return np.full(3, np.nan)
-    return np.quantile(values, ((1 - level) / 2, .5, (1 + level) / 2), method="linear" if np.isfinite(values).all() else "nearest")
-
+# %% ../../nbs/spectra/nulls.ipynb #7025f001
 def null_band(
     null:np.ndarray, # [draws, r] singular values
     level:float=.95, # Share of the draws inside
     precision:float|None=None, # As for the metrics
 ) -> pd.DataFrame: # low, median, high; a row a metric
     "Where each metric of a null's spectra lies"
+    return _bands(with_tail(null, precision), level)
+
+def _bands(drawn, level):
     import pandas as pd
-    if not 0 < level < 1: raise ValueError(f"level is {level}: it has to be between 0 and 1")
-    rows = {name: band_of(values, level) for name, values in with_tail(null, precision).items()}
-    return pd.DataFrame.from_dict(rows, orient="index", columns=["low", "median", "high"])
+    return pd.DataFrame.from_dict({name: band_of(values, level) for name, values in drawn.items()}, orient="index", columns=["low", "median", "high"])
 
 def compare_with_null(
     s:np.ndarray, # [r] singular values, descending
     null:np.ndarray, # [draws, r] of the null; a Gaussian one times the root of the variance, for norms to be compared
-    level:float=.95, # Share of the draws inside the band
+    level:float=.95, # Probability that a draw falls inside of the band
     precision:float|None=None, # Relative precision of the matrix's entries
 ) -> pd.DataFrame: # value, low, median, high, percentile, verdict; a row a metric
     "Every metric of a spectrum, and the exponent of its tail, beside its null"
     s, null = np.asarray(s, dtype=float), np.asarray(null, dtype=float)
     if s.ndim != 1 or null.ndim != 2 or null.shape[1] != len(s): raise ValueError(f"a spectrum [r] is compared with a null [draws, r]; these are {list(s.shape)} and {list(null.shape)}")
-    table = null_band(null, level, precision)
-    own, draws = with_tail(s, precision), with_tail(null, precision)
+    own, drawn = with_tail(s, precision), with_tail(null, precision)
+    table = _bands(drawn, level)
     table.insert(0, "value", [float(own[name]) for name in table.index])
-    table["percentile"] = [float(percentile_in(own[name], draws[name])) for name in table.index]
-    rounding = ROUNDING * table.value.abs()
-    table["verdict"] = np.select([table.value.isna() | table.low.isna(), table.value < table.low - rounding, table.value > table.high + rounding], ["", "below", "above"], "like noise")
+    table["percentile"] = [float(percentile_in(own[name], drawn[name])) for name in table.index]
+    table["verdict"] = [str(verdict(row.value, row.low, row.high)) for row in table.itertuples()]
     return table

@@ -15,6 +15,8 @@ import numpy as np
 from scipy.interpolate import CubicHermiteSpline
 from scipy.special import airy, beta, ndtri
 
+from .metrics import as_spectrum
+
 # %% auto #0
 __all__ = ['MarchenkoPastur', 'Semicircle', 'QuarterCircle', 'tracy_widom_cdf', 'tracy_widom_sf', 'tracy_widom_pdf',
            'tracy_widom_ppf', 'largest_eigenvalue_quantile', 'BulkFit', 'fit_marchenko_pastur', 'detection_threshold',
@@ -357,7 +359,7 @@ def _bulk(x, rows, columns, count, variance, floor):
         edges[here] = variance[here, None] * law.edges
         with np.errstate(invalid="ignore", divide="ignore"): cdf = law.cdf(x[here, k:] / variance[here, None])
         ks[here] = np.maximum(np.abs(cdf - step[:-1]), np.abs(cdf - step[1:])).max(-1)
-        empty[here] = x[here, k + int(.8 * r) - 1] <= floor
+        empty[here] = x[here, k + int(.8 * r) - 1] <= floor[here]
     return edges, ks, empty
 
 def _readable(s):
@@ -379,15 +381,17 @@ def fit_marchenko_pastur(
     rows:int, # Of the matrix
     columns:int, # Of the matrix
     level:float=.99, # Probability that noise stays below the threshold
+    precision:float|None=None, # Relative precision of the matrix's entries; that of the values' type if not given
 ) -> BulkFit:
     "Variance of the noise, and what stands out of it, from the middle of a spectrum (after Ke, Ma and Lin 2021)"
     s = _spectrum(s, rows, columns)
     _check_level("level", level)
-    lead, r, eps = s.shape[:-1], s.shape[-1], np.finfo(s.dtype if s.dtype.kind == "f" else float).eps
+    lead, r = s.shape[:-1], s.shape[-1]
+    with np.errstate(invalid="ignore"): floor = np.asarray(as_spectrum(s, precision).zero_level, dtype=float).reshape(-1)**2
     s = s.reshape(math.prod(lead), r).astype(float)
     status, numbers = _readable(s), np.full((6, len(s)), np.nan)
     good = np.flatnonzero(status == "ok")
-    if len(good): numbers[:, good], status[good] = _fit(s[good], rows, columns, level, (r * eps)**2)
+    if len(good): numbers[:, good], status[good] = _fit(s[good], rows, columns, level, floor[good])
     if lead: return BulkFit(*numbers.reshape(6, *lead), status.astype(str).reshape(lead))
     variance, low, high, threshold, count, ks = numbers[:, 0].tolist()
     return BulkFit(variance, low, high, threshold, count if np.isnan(count) else int(count), ks, str(status[0]))

@@ -213,7 +213,8 @@ def _torch_mapping(path):
     "What a file of torch.save holds, without running code from it"
     if _starts(path, b"GGUF"): raise ValueError(REFUSED[".gguf"].format(path))
     try: found = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except OSError: raise
+    except FileNotFoundError: raise
+    except OSError as error: raise ValueError(f"{path} cannot be read ({error.strerror}): is it being written, or cut short?") from None
     except Exception as error: raise ValueError(_refusal(path, error)) from None  # a damaged pickle can fail in any way
     if not isinstance(found, Mapping): raise ValueError(f"{path} holds a {type(found).__name__}, not a state dict")
     return found

@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -15,15 +14,17 @@ import torch
 from scipy import optimize, special, stats
 
 from .decomposition import each
+from .metrics import as_spectrum
+from .percentiles import band_of, percentile_in, verdict
 
 if TYPE_CHECKING: import pandas as pd
 
 # %% auto #0
-__all__ = ['FEWEST', 'EPS', 'BLOCK', 'BUFFER', 'hill', 'Scan', 'PowerLawFit', 'fit_power_law', 'fit_tails', 'xmin_table',
-           'GoodnessOfFit', 'goodness_of_fit', 'compare_tails']
+__all__ = ['FEWEST', 'SMALLEST_TAIL', 'EPS', 'BLOCK', 'BUFFER', 'HEAVIER', 'NESTING', 'hill', 'Scan', 'PowerLawFit',
+           'fit_power_law', 'fit_tails', 'xmin_table', 'GoodnessOfFit', 'goodness_of_fit', 'compare_tails']
 
 # %% ../../nbs/spectra/tails.ipynb #17aceeea
-FEWEST = 8  # distinct positive values that a fit needs
+FEWEST, SMALLEST_TAIL = 8, 3  # distinct positive values that a fit needs, and values in its tail
 
 EPS = float(np.finfo(float).eps)
 
@@ -152,7 +153,7 @@ def _scan(values, log_xmax=None, resolution=0.):
     slopes = _slopes(logs, counts, log_xmax)
     positive = logs > -torch.inf
     distinct = (last & positive).cumsum(-1)
-    candidate = last & positive & (distinct > 2) & slopes.isfinite() & (slopes * resolution < 1) & ((slopes > 0) | (log_xmax is not None))
+    candidate = last & positive & (distinct >= SMALLEST_TAIL) & slopes.isfinite() & (slopes * resolution < 1) & ((slopes > 0) | (log_xmax is not None))
     safe = torch.where(candidate, slopes, 1.)
     distances = _distances(torch.where(positive, logs, -1e300), counts, safe, log_xmax)
     return Scan(values, counts, slopes, torch.where(candidate, distances, torch.inf))
@@ -169,10 +170,10 @@ class PowerLawFit:
     ks:float # Kolmogorov-Smirnov distance of tail and fit
     n_tail:int # Values in the tail
     status:str # "ok", or why there is no fit
-    percentile:float=math.nan # Where alpha_mle falls among those of the null's spectra, from 0 to 100; NaN without a null
-    null_low:float=math.nan # The null's band of alpha_mle: the 2.5th percentile
-    null_high:float=math.nan # The 97.5th
-    verdict:str="" # "like noise", "heavier than noise", "lighter than noise"; empty without a null
+    percentile:float=math.nan # Where alpha falls among those of the null's spectra, from 0 to 100; NaN without a null
+    null_low:float=math.nan # The null's band of alpha, 95%; NaN with fewer than 39 draws
+    null_high:float=math.nan
+    verdict:str="" # "like noise", "heavier than noise", "lighter than noise"; empty without a null, or with too few draws
 
 def _distinct(values):
     return (_counts(values)[1] & (values > 0)).sum(-1) if values.shape[1] else torch.zeros(len(values), dtype=torch.long)
@@ -193,7 +194,7 @@ def _given(values, xmin, log_xmax):
     counts, _ = _counts(values)
     start = torch.full((len(values), 1), math.log(xmin), dtype=torch.float64)
     ks = _block_distances(torch.where(tail, values, xmin).log(), start, b[:, None], (counts / count[:, None]).clamp_max(1.)[:, None, :], log_xmax)[:, 0]
-    return {"xmin": np.full(len(values), xmin), "b": b.numpy(), "ks": torch.where(count > 1, ks, torch.inf).numpy(), "n_tail": count.numpy()}
+    return {"xmin": np.full(len(values), xmin), "b": b.numpy(), "ks": torch.where(count >= SMALLEST_TAIL, ks, torch.inf).numpy(), "n_tail": count.numpy()}
 
 # %% ../../nbs/spectra/tails.ipynb #85eef55e
 def _standard_errors(b, count, width):
@@ -215,50 +216,50 @@ def _fitted(values, broken, xmin, xmax, precision=None):
     count, b = np.where(good, found["n_tail"], 1), np.where(good, found["b"], np.nan)
     sigma = _standard_errors(b, count, None if log_xmax is None else log_xmax - np.log(np.where(good, found["xmin"], 1.)))
     columns = (1 + (b * (count - 1) / count if log_xmax is None else b), 1 + b, sigma, found["xmin"], found["ks"])
-    status = [_status(*row) for row in zip(good, broken.tolist(), values[:, :1].sum(-1).tolist(), distinct.tolist())]
+    status = [_status(*row) for row in zip(good, broken.tolist(), values[:, :1].sum(-1).tolist(), distinct.tolist(), found["n_tail"], np.full(B, xmin is not None))]
     return {name: np.where(good, column, np.nan) for name, column in zip(names, columns)} | {"n_tail": np.where(good, count, 0).astype(int), "status": status}
 
-def _status(good, broken, largest, distinct):
+def _status(good, broken, largest, distinct, n_tail, given):
     if good: return "ok"
     if broken: return "values that are not finite"
     if largest == 0: return "no positive values"
+    if given and n_tail < SMALLEST_TAIL: return f"fewer than {SMALLEST_TAIL} values from xmin on ({int(n_tail)})"
     return f"fewer than {FEWEST} distinct positive values ({distinct})" if distinct < FEWEST else "values that are equal to their precision"
 
 # %% ../../nbs/spectra/tails.ipynb #7ca2fba5
+HEAVIER = ("heavier than noise", "lighter than noise")  # a smaller exponent is a heavier tail
+
 def _check_limits(xmin, xmax, precision):
     if xmin is not None and not 0 < xmin < math.inf: raise ValueError(f"xmin is {xmin}: it has to be positive")
     if not 0 < xmax: raise ValueError(f"xmax is {xmax}: it has to be positive")
     if xmin is not None and xmin >= xmax: raise ValueError(f"xmin is {xmin} and xmax {xmax}: the tail is between them")
     if precision is not None and not 0 < precision < math.inf: raise ValueError(f"precision is {precision}: it has to be positive, 2**-23 for float32")
 
-def _against(columns, null, n):
-    "Where the fits fall among those of the null"
-    values, lead, broken = _sample(null)
+def _against(columns, null, n, precision):
+    "Where the fits fall among those of the null, which are made in the same way"
+    values, lead, broken = _sample(null, precision)
     if not lead or values.shape[1] != n: raise ValueError(f"a null of spectra with {n} values is an array [draws, {n}]; this is {list(np.shape(null))}")
-    alphas = _fitted(values, broken, None, math.inf)["alpha"]
-    alphas = np.sort(alphas[np.isfinite(alphas)])
+    alphas = _fitted(values, broken, None, math.inf, precision)["alpha"]
+    alphas = alphas[np.isfinite(alphas)]
     if not len(alphas): raise ValueError("no power law can be fitted to the null's values: it has to be an array [draws, n] of eigenvalues")
-    low, high = np.quantile(alphas, (.025, .975))
+    low, _, high = band_of(alphas)
     alpha = columns["alpha"]
-    below = (np.searchsorted(alphas, alpha, "left") + np.searchsorted(alphas, alpha, "right")) / 2
-    known = np.isfinite(alpha)
-    verdict = np.where(alpha < low, "heavier than noise", np.where(alpha > high, "lighter than noise", "like noise"))
-    return {"percentile": np.where(known, 100 * below / len(alphas), np.nan), "null_low": np.full(len(alpha), low), "null_high": np.full(len(alpha), high),
-            "verdict": np.where(known, verdict, "").tolist()}
+    return {"percentile": percentile_in(alpha, alphas), "null_low": np.full(len(alpha), low), "null_high": np.full(len(alpha), high), "verdict": verdict(alpha, low, high, HEAVIER).tolist()}
 
 def fit_power_law(
     x, # [..., n] positive values (eigenvalues) in any order
     xmin:float|None=None, # Where the tail begins; by the smallest Kolmogorov-Smirnov distance if not given
     xmax:float=math.inf, # Cut-off: larger values are left out, and the density ends there
     precision:float|None=None, # Relative precision of the entries of the matrix whose eigenvalues these are; float64 if not given
-    null=None, # [draws, n] eigenvalues of random matrices of the same shape, of any scale
+    null=None, # [draws, n] eigenvalues of random matrices of the same shape, of any scale; each draw has its own threshold, so none may be given
 ) -> PowerLawFit|pd.DataFrame: # For a batch a table with the same columns, a row a sample, leading dimensions flattened
     "Fit a power law to the largest values by maximum likelihood (Clauset, Shalizi and Newman 2009)"
     _check_limits(xmin, xmax, precision)
+    if null is not None and (xmin is not None or xmax < math.inf): raise ValueError("a null is compared with fits that choose their own threshold: leave out xmin and xmax, or null")
     values, lead, broken = _sample(x, precision)
     if xmax < math.inf: values = torch.where(values > xmax, 0., values).sort(dim=-1, descending=True).values
     columns = _fitted(values, broken, xmin, xmax, precision)
-    columns = columns | {"xmax": np.full(len(values), xmax)} | ({} if null is None else _against(columns, null, values.shape[1]))
+    columns = columns | {"xmax": np.full(len(values), xmax)} | ({} if null is None else _against(columns, null, values.shape[1], precision))
     if not lead: return PowerLawFit(**{name: column[0].item() if hasattr(column[0], "item") else column[0] for name, column in columns.items()})
     import pandas as pd
     return pd.DataFrame(columns)
@@ -269,7 +270,9 @@ def fit_tails(
     precision:float|None=None, # Relative precision of the matrix's entries; float64 if not given
 ) -> pd.DataFrame: # As of `fit_power_law` on the eigenvalues s², a row a spectrum, leading dimensions flattened
     "Power laws fitted to the eigenvalues of spectra"
-    s = np.atleast_2d(np.asarray(s, dtype=float))
+    s = as_spectrum(s).values
+    s = np.atleast_2d(s.detach().cpu().double().numpy() if isinstance(s, torch.Tensor) else s)
+    s = s.reshape(math.prod(s.shape[:-1]), s.shape[-1])
     largest = s.max(-1, keepdims=True, initial=0.)
     units = np.where((largest > 0) & np.isfinite(largest), largest, 1.)
     table = fit_power_law((s / units)**2, precision=precision)
@@ -303,7 +306,7 @@ class GoodnessOfFit:
     p_value:float # Share of synthetic samples at least as far from their fits; NaN where nothing was fitted
     low:float # Interval of the exponent
     high:float
-    draws:int # Synthetic samples
+    draws:int # Synthetic samples that could be fitted
     status:str # That of the fit
 
 def goodness_of_fit(
@@ -322,8 +325,9 @@ def goodness_of_fit(
     synthetic = _synthetic(values[0].numpy(), fit, draws, np.random.default_rng(seed))
     if not np.isfinite(synthetic).all(): return GoodnessOfFit(math.nan, math.nan, math.nan, 0, "samples from so small an exponent overflow")
     again = _fitted(torch.from_numpy(synthetic), torch.zeros(draws, dtype=torch.bool), None, math.inf, precision)
-    low, high = np.nanquantile(again["alpha"], ((1 - level) / 2, (1 + level) / 2))
-    return GoodnessOfFit(float(np.nanmean(again["ks"] >= fit.ks)), float(low), float(high), draws, "ok")
+    alpha, ks = (again[name][np.isfinite(again["ks"])] for name in ("alpha", "ks"))
+    low, high = np.quantile(alpha, ((1 - level) / 2, (1 + level) / 2)) if len(alpha) else (math.nan, math.nan)
+    return GoodnessOfFit(float((ks >= fit.ks).mean()) if len(ks) else math.nan, float(low), float(high), len(ks), "ok")
 
 def _synthetic(values, fit, draws, rng):
     "[draws, n] samples, descending: below xmin from the values there, above it from the fit"
@@ -388,12 +392,13 @@ def _truncated_likelihood(z):
 def compare_tails(
     x, # [n] positive values in any order
     fit:PowerLawFit|None=None, # Where the tail begins; fitted if not given
+    precision:float|None=None, # Relative precision of the entries of the matrix whose eigenvalues these are; float64 if not given
 ) -> pd.DataFrame: # alternative, log_ratio, normalized, p_value, favored, parameters (in units of xmin); a row an alternative
     "Likelihood ratios of the power law against an exponential, a lognormal and a truncated power law (Vuong 1989)"
     import pandas as pd
-    values, lead, broken = _sample(x)
+    values, lead, broken = _sample(x, precision)
     if lead: raise ValueError("the comparison is of one sample: an array [n]")
-    fit = fit_power_law(x) if fit is None else fit
+    fit = fit_power_law(x, precision=precision) if fit is None else fit
     columns = ["alternative", "log_ratio", "normalized", "p_value", "favored", "parameters"]
     if fit.status != "ok": return pd.DataFrame(columns=columns)
     if broken.any(): raise ValueError("the sample has values that are not finite")
@@ -406,11 +411,13 @@ def compare_tails(
     laws = {"exponential": _exponential_likelihood, "lognormal": _lognormal_likelihood, "truncated power law": _truncated_likelihood}
     return pd.DataFrame([_vuong(name, power_law, *law(z)) for name, law in laws.items()], columns=columns)
 
+NESTING = ("lognormal", "truncated power law")  # laws that have the power law at their border
+
 def _vuong(name, power_law, other, parameters):
     difference = power_law - other
     ratio, spread = difference.sum(), math.sqrt(len(difference) * difference.var())
     normalized = ratio / spread if spread > 1e-12 else 0.
-    if name == "truncated power law": p = 1. if ratio >= -1e-9 else float(stats.chi2.sf(-2 * ratio, 1)) / 2
+    if name in NESTING: p = 1. if ratio >= -1e-9 else float(stats.chi2.sf(-2 * ratio, 1)) / 2
     else: p = float(special.erfc(abs(normalized) / math.sqrt(2)))
     favored = "undecided" if p > .05 else "power law" if ratio > 0 else name
     return name, ratio, normalized, p, favored, parameters

@@ -7,12 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from .checkpoints import find_checkpoints
 from .decomposition import singular_vectors
 from .matrices import Product, weight_matrices
 
@@ -39,9 +41,9 @@ def principal_cosines(
     "Cosines of the principal angles between two subspaces"
     return torch.linalg.svdvals(a.mT @ b).clamp(max=1.)
 
-def _leading(matrix, k):
+def _leading(vectors, k):
     "Left and right vectors of the k largest values, and the gap behind them relative to the largest"
-    u, s, v = singular_vectors(matrix)
+    u, s, v = vectors
     if not 0 < k <= len(s): raise ValueError(f"k is {k}: these matrices have 1 to {len(s)} singular values")
     gap = float((s[k - 1] - (s[k] if k < len(s) else 0.)) / s[0]) if s[0] > 0 else 0.
     return u[:, :k], v[:, :k], gap
@@ -52,36 +54,50 @@ def subspace_overlap(
     k:int, # Dimensions of the subspaces
 ) -> SubspaceOverlap:
     "How much two matrices' leading singular subspaces overlap"
-    if tuple(first.shape) != tuple(second.shape): raise ValueError(f"the matrices are {tuple(first.shape)} and {tuple(second.shape)}: subspaces are those of one space")
-    (u, v, gap), (u2, v2, gap2) = _leading(first, k), _leading(second, k)
-    precision = max(torch.finfo(x.left.dtype if isinstance(x, Product) else x.dtype).eps for x in (first, second))
+    return _overlap(_decomposed(first), _decomposed(second), k)
+
+def _decomposed(matrix):
+    "Shape, precision and singular vectors"
+    return tuple(matrix.shape), torch.finfo(matrix.left.dtype if isinstance(matrix, Product) else matrix.dtype).eps, singular_vectors(matrix)
+
+def _overlap(first, second, k):
+    if first[0] != second[0]: raise ValueError(f"the matrices are {first[0]} and {second[0]}: subspaces are those of one space")
+    (u, v, gap), (u2, v2, gap2) = _leading(first[2], k), _leading(second[2], k)
+    precision = max(first[1], second[1])
     left, right = principal_cosines(u, u2).cpu().numpy(), principal_cosines(v, v2).cpu().numpy()
-    if min(gap, gap2) <= max(first.shape) * precision: left, right = np.full(k, np.nan), np.full(k, np.nan)
+    if min(gap, gap2) <= max(first[0]) * precision: left, right = np.full(k, np.nan), np.full(k, np.nan)
     return SubspaceOverlap(k, float((left**2).mean()), float((right**2).mean()), left, right, min(gap, gap2))
 
 # %% ../../nbs/spectra/tracking.ipynb #b4422f59
-def _chosen(checkpoints, matrix):
-    "One matrix at every step, in order"
+def _opened(checkpoints):
+    "Weights by step"
+    if isinstance(checkpoints, (str, Path)): return find_checkpoints(checkpoints)
     if not checkpoints: raise ValueError("there are no checkpoints")
-    for step in sorted(checkpoints):
-        matrices = weight_matrices(checkpoints[step])
-        if matrix not in matrices: raise KeyError(f"no matrix {matrix!r} at step {step}; there are {', '.join(list(matrices)[:8])}")
-        yield step, matrices[matrix]
+    return checkpoints
+
+def _at(checkpoints, step, matrix, options):
+    "One matrix at a step"
+    matrices = weight_matrices(checkpoints[step], **options)
+    if matrix not in matrices: raise KeyError(f"no matrix {matrix!r} at step {step}; there are {', '.join(list(matrices)[:8])}")
+    return matrices[matrix]
 
 def overlap_table(
-    checkpoints:Mapping[int, Any], # Weights by step: what `weight_matrices` takes
+    checkpoints:Mapping[int, Any]|str|Path, # Weights by step, each what `weight_matrices` takes; or a folder or pattern of checkpoints
     matrix:str, # The name of a matrix
     k:int|Sequence[int]=(1, 2, 4, 8), # Dimensions of the subspaces
     reference:int|None=None, # A step that all are compared with; each with the one before, if not given
+    **options, # For `weight_matrices`: heads, circuits
 ) -> pd.DataFrame: # step, reference, k, left, right, gap; a row a pair of steps and a k
     "Overlaps of a matrix's leading singular subspaces between checkpoints"
     import pandas as pd
+    checkpoints = _opened(checkpoints)
     if reference is not None and reference not in checkpoints: raise KeyError(f"no step {reference}; there are {', '.join(map(str, sorted(checkpoints)))}")
-    before = None if reference is None else (reference, weight_matrices(checkpoints[reference])[matrix])
-    rows = []
-    for step, now in _chosen(checkpoints, matrix):
+    decomposed = lambda step: _decomposed(_at(checkpoints, step, matrix, options))
+    before, rows = None if reference is None else (reference, decomposed(reference)), []
+    for step in sorted(checkpoints):
+        now = decomposed(step)
         for dimensions in ([k] if isinstance(k, int) else k) if before is not None else ():
-            o = subspace_overlap(before[1], now, dimensions)
+            o = _overlap(before[1], now, dimensions)
             rows.append({"step": step, "reference": before[0], "k": dimensions, "left": o.left, "right": o.right, "gap": o.gap})
         if reference is None: before = step, now
     return pd.DataFrame(rows, columns=["step", "reference", "k", "left", "right", "gap"])
@@ -93,7 +109,7 @@ class Trajectories:
     steps:np.ndarray # [checkpoints]
     values:np.ndarray # [checkpoints, k] of the k values that lead at the first checkpoint, or at the last
     ranks:np.ndarray # [checkpoints, k] the place of each among the sorted values, from 0
-    similarity:np.ndarray # [checkpoints, k] from 0 to 1, of the direction to its reference; 1 where it begins
+    similarity:np.ndarray # [checkpoints, k] from 0 to 1, of the direction to its reference; 1 where it begins, NaN where it has no direction yet
 
 def _apart(s, tolerance):
     "[r] Which values stand apart from their neighbours"
@@ -111,28 +127,30 @@ def _matched(reference, u, v):
     return places, similarity[rows, places]
 
 def track(
-    checkpoints:Mapping[int, Any], # Weights by step: what `weight_matrices` takes
+    checkpoints:Mapping[int, Any]|str|Path, # Weights by step, each what `weight_matrices` takes; or a folder or pattern of checkpoints
     matrix:str, # The name of a matrix
     k:int=8, # How many values to follow
-    leading_at:str="last", # Those that lead at the "first" or at the "last" checkpoint
+    leading_at:Literal["first", "last"]="last", # Those that lead at this checkpoint
     tolerance:float=1e-6, # Values closer than this share of the largest count as equal
+    **options, # For `weight_matrices`: heads, circuits
 ) -> Trajectories:
     "Follow single singular values over training, through crossings"
     if leading_at not in ("first", "last"): raise ValueError(f"leading_at is {leading_at!r}: it has to be 'first' or 'last'")
-    found, shapes = [], {}
-    for step, m in _chosen(checkpoints, matrix):
-        shapes.setdefault(tuple(m.shape), step)
-        if len(shapes) > 1: raise ValueError(f"{matrix} changes its shape: " + ", ".join(f"{rows} × {columns} from step {first} on" for (rows, columns), first in shapes.items()))
-        found.append((step, *(x.cpu() for x in singular_vectors(m))))
-    if not 0 < k <= len(found[0][2]): raise ValueError(f"k is {k}: {matrix} has 1 to {len(found[0][2])} singular values")
-    order = found if leading_at == "first" else found[::-1]
-    _, u, s, v = order[0]
-    reference, rows = (u[:, :k].clone(), v[:, :k].clone()), [(s[:k].numpy(), np.arange(k), np.ones(k))]
-    for _, u, s, v in order[1:]:
-        places, similarity = _matched(reference, u, v)
+    checkpoints = _opened(checkpoints)
+    rows, reference, shape, known = [], None, None, np.zeros(max(k, 0), bool)
+    order = sorted(checkpoints, reverse=leading_at == "last")
+    for step in order:
+        m = _at(checkpoints, step, matrix, options)
+        shape = shape or tuple(m.shape)
+        if tuple(m.shape) != shape: raise ValueError(f"{matrix} is {tuple(m.shape)} at step {step}, and {shape} at step {order[0]}: only a matrix that keeps its shape can be followed")
+        u, s, v = (x.cpu() for x in singular_vectors(m))
+        if not 0 < k <= len(s): raise ValueError(f"k is {k}: {matrix} has 1 to {len(s)} singular values")
+        places, similarity = (np.arange(k), np.ones(k)) if reference is None else _matched(reference, u, v)
+        reference = reference or (u[:, :k].clone(), v[:, :k].clone())
         at = torch.from_numpy(places)
         sure = _apart(s, tolerance)[at]
         reference[0][:, sure], reference[1][:, sure] = u[:, at[sure]], v[:, at[sure]]
-        rows.append((s[places].numpy(), places, similarity))
+        known = known | sure.numpy()
+        rows.append((s[places].numpy(), places, np.where(known, similarity, np.nan)))
     values, ranks, similarity = (np.stack(column) for column in zip(*(rows if leading_at == "first" else rows[::-1])))
-    return Trajectories(np.array([step for step, *_ in found]), values, ranks, similarity)
+    return Trajectories(np.array(sorted(checkpoints)), values, ranks, similarity)
