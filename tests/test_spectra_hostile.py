@@ -560,3 +560,9 @@ def test_percentiles_do_not_depend_on_the_matrices_beside():
 def test_half_of_a_lora_pair_is_analyzed_as_the_matrix_that_it_is():
     table = analyze({"q.lora_A.default.weight": torch.randn(8, 32)}, draws=5, progress=False)
     assert len(table) == 1 and table["rank"][0] == 8
+
+
+def test_a_broken_matrix_adds_no_column_to_the_table():
+    good, broken = torch.randn(12, 9), torch.full((12, 9), torch.nan)
+    alone, beside = (analyze(x, draws=5, progress=False) for x in ({"a": good}, {"a": good, "b": broken}))
+    assert list(alone) == list(beside) and not {"status", "bulk_status"} & set(beside) and beside.skipped[1] == "all: entries that are not finite"

@@ -28,7 +28,7 @@ from ..storage import write_atomically
 if TYPE_CHECKING: import pandas as pd
 
 # %% auto #0
-__all__ = ['SCALED', 'DESCRIPTION', 'LAST', 'WHOLE', 'PRINTED', 'analyze', 'main']
+__all__ = ['SCALED', 'LAST', 'WHOLE', 'PRINTED', 'analyze', 'main']
 
 # %% ../../nbs/spectra/analysis.ipynb #2d968aa4
 def _groups(found, key):
@@ -92,14 +92,13 @@ def _beside(row, s, null, variance, known):
     return columns | {"alpha_null_low": low, "alpha_null_high": high, "tail": str(verdict(row["alpha"], low, high, HEAVIER))}
 
 # %% ../../nbs/spectra/analysis.ipynb #b76ba97b
-DESCRIPTION = ("matrix", "kind", "layer", "role", "head", "rows", "columns", "rank", "variance")
 LAST = ("alpha", "alpha_mle", "sigma", "xmin", "ks", "n_tail", "p_value", "alpha_low", "alpha_high", "alpha_percentile", "alpha_null_low", "alpha_null_high", "tail",
         "bulk_variance", "mp_low", "mp_high", "bulk_ks", "n_spikes", "spike_strength", "left_localization", "right_localization")
 
 def _skipped(row, s):
     "What a row lacks, and why"
-    if not np.isfinite(s.values).all(): return "all: entries that are not finite"
     reasons = {"tail": row.pop("status"), "bulk": row.pop("bulk_status")}
+    if not np.isfinite(s.values).all(): return "all: entries that are not finite"
     return "; ".join(f"{part}: {why}" for part, why in reasons.items() if why != "ok")
 
 def _localization(matrix):
