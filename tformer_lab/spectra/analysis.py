@@ -69,22 +69,31 @@ def _measured(found):
 SCALED = ("spectral_norm", "frobenius_norm", *QUARTILES)  # metrics that grow with the entries
 
 def _gaussian_nulls(found, draws, seed):
-    "By name a null [draws, r] and the variance of its entries"
-    for name, s in found.items():
-        if not len(s.values): continue
-        if s.inner is not None: yield name, product_null(s.shape[0], s.inner, s.shape[1], draws, seed), float(s.inner)
-        else: yield name, gaussian_null(*s.shape, draws, seed), 1.
+    "By name a null [draws, r], which matrices of one shape share, and the variance of its entries"
+    def null(s):
+        if s.inner is not None: return product_null(s.shape[0], s.inner, s.shape[1], draws, seed), float(s.inner)
+        return gaussian_null(*s.shape, draws, seed), 1.
+    yield {name: null(s) for name, s in found.items() if len(s.values)}
 
 def _permuted(found, matrices, draws, seed):
+    "The same, for some matrices at a time"
     shapes = {name: s.shape for name, s in found.items() if np.isfinite(s.values).all()}
     for names in chunks(shapes):
-        for name, null in permutation_nulls({name: matrices[name] for name in names}, draws, seed).items(): yield name, null, found[name].variance
+        nulls = permutation_nulls({name: matrices[name] for name in names}, draws, seed)
+        yield {name: (null, found[name].variance) for name, null in nulls.items()}
 
-def _beside(row, s, null, variance, known):
+def _of_nulls(nulls, found):
+    "Metrics and tails of nulls as columns by name; spectra of one length go together"
+    distinct = {(id(null), found[name].precision): null for name, (null, _) in nulls.items()}
+    columns = {}
+    for (_, precision), keys in _groups(distinct, lambda key, null: (null.shape[1], key[1])).items():
+        together = _of_spectra(np.concatenate([distinct[key] for key in keys]), precision)
+        ends = np.cumsum([len(distinct[key]) for key in keys])
+        for key, end in zip(keys, ends): columns[key] = {name: values[end - len(distinct[key]):end] for name, values in together.items()}
+    return {name: columns[id(null), found[name].precision] for name, (null, _) in nulls.items()}
+
+def _beside(row, s, drawn, variance):
     "Percentiles of a row's values among those of its null"
-    key = id(null), s.precision
-    if key not in known: known[key] = null, _of_spectra(null, s.precision)  # the null is kept, so that no other gets its id
-    drawn = known[key][1]
     scale = math.sqrt(s.variance / variance) if variance > 0 else math.nan
     columns = {f"{name}_percentile": float(percentile_in(row[name], values * (scale if name in SCALED else 1.))) for name, values in drawn.items()
                if name not in ("alpha_mle", "sigma", "xmin", "ks", "n_tail", "status")}
@@ -163,11 +172,12 @@ def analyze(
     return _table([_described(about[name], found[name]) | {"skipped": _skipped(rows[name], found[name])} | rows[name] for name in found], matrices.left_out)
 
 def _compare(rows, found, matrices, null, draws, seed, progress):
-    known = {}
-    nulls = _gaussian_nulls(found, draws, seed) if null == "gaussian" else _permuted(found, matrices, draws, seed)
-    for name, values, variance in tqdm(nulls, f"{null} null", len(found), disable=not progress, leave=False):
-        rows[name] |= _beside(rows[name], found[name], values, variance, known)
-        if null == "permutation": known.clear()
+    batches = _gaussian_nulls(found, draws, seed) if null == "gaussian" else _permuted(found, matrices, draws, seed)
+    with tqdm(desc=f"{null} null", total=len(found), disable=not progress, leave=False) as bar:
+        for nulls in batches:
+            drawn = _of_nulls(nulls, found)
+            for name, (_, variance) in nulls.items(): rows[name] |= _beside(rows[name], found[name], drawn[name], variance)
+            bar.update(len(nulls))
 
 def _bootstrapped(s, draws, seed):
     units = s.values[0] if len(s.values) and np.isfinite(s.values[0]) and s.values[0] > 0 else 1.

@@ -9,33 +9,34 @@ from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 import numpy as np
+import threadpoolctl
 import torch
 from torch import Tensor
 
 from .matrices import Product
 
 # %% auto #0
-__all__ = ['CHUNK_BYTES', 'STACKED', 'rank_bound', 'torch_threads', 'each', 'MatrixSpectrum', 'chunks', 'read_spectra',
-           'checked_shape', 'singular_values', 'singular_vectors']
+__all__ = ['CHUNK_BYTES', 'STACKED', 'gram_values', 'work_bytes', 'rank_bound', 'single_threaded', 'each', 'MatrixSpectrum',
+           'stack_sizes', 'chunks', 'read_spectra', 'checked_shape', 'singular_values', 'singular_vectors']
 
 # %% ../../nbs/spectra/decomposition.ipynb #4135037f
 def _smaller_gram(x):
     "[n, r, r] from [n, rows, columns]"
     return x @ x.mT if x.shape[-2] <= x.shape[-1] else x.mT @ x
 
-def _lower_gram(x, blocks=4):
-    "The Gram matrix [r, r] of one matrix [rows, columns], in strips, of which only the lower triangle is filled: little more than half of the work"
-    tall = x if x.shape[0] >= x.shape[1] else x.mT
-    r = tall.shape[1]
-    gram = x.new_empty(r, r)
-    borders = [r * i // blocks for i in range(blocks + 1)]
-    for start, end in zip(borders, borders[1:]): torch.mm(tall[:, start:].mT, tall[:, start:end], out=gram[start:, start:end])
-    return gram
-
 def _values_of_gram(eigenvalues):
     return eigenvalues.clamp_min(0).sqrt().flip(-1)
+
+def gram_values(
+    x:Tensor, # [n, rows, columns] finite entries
+) -> Tensor: # [n, r] in float64, descending
+    "Singular values from Gram matrices that are accumulated in the precision of x"
+    if x.device.type != "cpu": return _values_of_gram(torch.linalg.eigvalsh(_smaller_gram(x).double()))
+    gram = _smaller_gram(x.detach().numpy())  # numpy computes half of a product with the own transpose, and with LAPACK's best block size
+    return _values_of_gram(torch.from_numpy(np.linalg.eigvalsh(gram.astype(np.float64, copy=False))))
 
 def _deserves_svd(s, entries):
     "[n] Which spectra from a Gram matrix in float64 are less exact than weights in float32 deserve"
@@ -47,7 +48,7 @@ def _deserves_svd(s, entries):
 def _batch_values(x, exact):
     "Singular values [n, r] of finite matrices [n, rows, columns] in float64"
     if exact or x.numel() == 0: return torch.linalg.svdvals(x)
-    s = _values_of_gram(torch.linalg.eigvalsh(_smaller_gram(x) if len(x) > 1 else _lower_gram(x[0])[None]))
+    s = gram_values(x)
     again = _deserves_svd(s, x.shape[-1] * x.shape[-2])
     if again.any(): s[again] = torch.linalg.svdvals(x[again])
     return s
@@ -55,7 +56,11 @@ def _batch_values(x, exact):
 # %% ../../nbs/spectra/decomposition.ipynb #37d2ddbe
 CHUNK_BYTES = 256 * 2**20
 
-def _bytes(rows, columns):
+def work_bytes(
+    rows:int,
+    columns:int,
+) -> int: # Bytes
+    "Memory that a matrix takes in float64, with its Gram matrix and the copy that LAPACK works on"
     return 8 * (rows * columns + 2 * min(rows, columns)**2)
 
 def _slabbed_gram(matrix, slab_bytes):
@@ -70,7 +75,8 @@ def _slabbed_gram(matrix, slab_bytes):
 def _eigenvalues_in_place(gram):
     "Eigenvalues of a symmetric matrix, which is lost; scipy's eigh would copy it"
     from scipy.linalg import lapack
-    eigenvalues, _, info = lapack.dsyevd(gram.numpy().T, compute_v=0, overwrite_a=1)
+    work, _, _ = lapack.dsyevd_lwork(len(gram), compute_v=0)  # scipy's own choice of work space makes LAPACK go column by column
+    eigenvalues, _, info = lapack.dsyevd(gram.numpy().T, compute_v=0, overwrite_a=1, lwork=int(work))
     if info: raise np.linalg.LinAlgError(f"the eigenvalues of a matrix {gram.shape[0]} × {gram.shape[0]} did not converge")
     return torch.from_numpy(eigenvalues)
 
@@ -115,28 +121,30 @@ def _float64(matrix):
 # %% ../../nbs/spectra/decomposition.ipynb #7d009ee4
 STACKED = 96  # up to this many singular values one call for many matrices is faster
 
+@lru_cache(maxsize=1)
+def _blas():
+    return threadpoolctl.ThreadpoolController().select(user_api="blas")
+
 @contextmanager
-def torch_threads(
-    n:int, # Threads that torch may use meanwhile
-) -> Iterator[None]:
-    "Another number of threads for a while"
+def single_threaded() -> Iterator[None]:
+    "One thread for torch and for numpy's linear algebra for a while"
     before = torch.get_num_threads()
-    if n == before:
-        yield
-        return
-    torch.set_num_threads(n)
-    try: yield
-    finally: torch.set_num_threads(before)
+    if before != 1: torch.set_num_threads(1)
+    try:
+        with _blas().limit(limits=1): yield
+    finally:
+        if before != 1: torch.set_num_threads(before)
 
 def each(
     function, # Of one item
     items:list,
     size:int=1, # Bytes that a call needs
 ) -> list: # What the function returns, in the order of the items
-    "A function of each item, on one thread each, as many at once as torch has threads and a chunk has room for"
+    "A function of each item, on one thread each, as many at once as torch has threads and a chunk has room for; what alone takes more than a chunk has all threads"
     if not items: return []
+    if size > CHUNK_BYTES: return [function(item) for item in items]
     workers = min(torch.get_num_threads(), len(items), max(1, CHUNK_BYTES // max(1, size)))
-    with torch_threads(1):
+    with single_threaded():
         if workers == 1: return [function(item) for item in items]
         with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool: return list(pool.map(function, items))
 
@@ -161,9 +169,16 @@ def _spectrum(matrix, s, mean):
 def _is_exact(matrix):
     return matrix.dtype == torch.float64
 
+def _stacked(matrices):
+    "[n, rows, columns] in float64"
+    if len(matrices) == 1: return _float64(matrices[0])[None]
+    x = torch.empty(len(matrices), *matrices[0].shape, dtype=torch.float64, device="cpu" if matrices[0].device.type == "mps" else matrices[0].device)
+    for i, matrix in enumerate(matrices): x[i] = matrix
+    return x
+
 def _stack_spectra(matrices):
     "Spectra of matrices of one shape, kind and device"
-    x = torch.stack([_float64(m) for m in matrices]) if len(matrices) > 1 else _float64(matrices[0])[None]
+    x = _stacked(matrices)
     totals = x.sum((1, 2))
     finite = totals.isfinite()  # then every entry is
     if not finite.all():
@@ -186,20 +201,37 @@ def _large_spectrum(matrix):
 def _group(matrix):
     "What is decomposed together"
     if isinstance(matrix, Product): return "product"
-    if _bytes(*matrix.shape) > CHUNK_BYTES: return "large"
-    return "single" if matrix.device.type == "cpu" and min(matrix.shape) > STACKED else (matrix.device, _is_exact(matrix), tuple(matrix.shape))
+    if work_bytes(*matrix.shape) > CHUNK_BYTES: return "large"
+    return "cpu" if matrix.device.type == "cpu" else (matrix.device, _is_exact(matrix), tuple(matrix.shape))
 
-def _singles(matrices):
-    "One by one, the largest first, so that no thread is left with it at the end"
-    order = sorted(range(len(matrices)), key=lambda i: -_bytes(*matrices[i].shape))
-    found = dict(zip(order, each(lambda i: _stack_spectra([matrices[i]])[0], order, _bytes(*matrices[order[0]].shape))))
-    return [found[i] for i in range(len(matrices))]
+def stack_sizes(
+    shape:tuple[int, int], # Rows and columns of every matrix
+    n:int, # Matrices
+) -> list[int]: # n in parts
+    "How many matrices of one shape go through one call: all that a thread gets of small ones, four of larger ones, fewer where they would fill a chunk"
+    most = max(2, -(-n // torch.get_num_threads())) if min(shape) <= STACKED else 4
+    most = min(most, max(1, CHUNK_BYTES // max(1, work_bytes(*shape))))
+    return [min(most, n - start) for start in range(0, n, most)]
+
+def _stacks(matrices):
+    "Places of matrices that go through one call, the most work first, so that no thread is left with it at the end"
+    alike:dict[tuple, list[int]] = {}
+    for i, matrix in enumerate(matrices): alike.setdefault((tuple(matrix.shape), _is_exact(matrix)), []).append(i)
+    found = []
+    for (shape, _), places in alike.items():
+        for size in stack_sizes(shape, len(places)): found, places = [*found, places[:size]], places[size:]
+    return sorted(found, key=lambda stack: -len(stack) * work_bytes(*matrices[stack[0]].shape))
+
+def _on_cpu(matrices):
+    stacks = _stacks(matrices)
+    found = each(lambda stack: _stack_spectra([matrices[i] for i in stack]), stacks, len(stacks[0]) * work_bytes(*matrices[stacks[0][0]].shape))
+    by_place = {i: s for stack, spectra in zip(stacks, found) for i, s in zip(stack, spectra)}
+    return [by_place[i] for i in range(len(matrices))]
 
 def _group_spectra(group, matrices):
     if group == "product": return each(_product_spectrum, matrices)
     if group == "large": return [_large_spectrum(matrix) for matrix in matrices]
-    if group == "single": return _singles(matrices)
-    with torch_threads(1): return _stack_spectra(matrices)
+    return _on_cpu(matrices) if group == "cpu" else _stack_spectra(matrices)
 
 def _chunk_spectra(chunk):
     groups:dict[object, list[str]] = {}
@@ -217,7 +249,7 @@ def chunks(
     for shape, names in groups.items():
         room = -1
         for name in names:
-            size = _bytes(*shapes[name]) if shape else 8 * shapes[name][0] * shapes[name][1]
+            size = work_bytes(*shapes[name]) if shape else 8 * shapes[name][0] * shapes[name][1]
             if room < size: found, room = [*found, []], CHUNK_BYTES
             found[-1].append(name)
             room -= size

@@ -5,15 +5,17 @@
 # %% ../../nbs/spectra/nulls.ipynb #4c87f8ef
 from __future__ import annotations
 
+import threading
 from collections.abc import Mapping
 from functools import lru_cache
+from itertools import islice
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from .decomposition import checked_shape, chunks, singular_values
+from .decomposition import CHUNK_BYTES, checked_shape, each, singular_values, stack_sizes, work_bytes
 from .matrices import Product
 from .metrics import metric_arrays
 from .percentiles import band_of, percentile_in, verdict
@@ -22,7 +24,8 @@ from .tails import fit_tails
 if TYPE_CHECKING: import pandas as pd
 
 # %% auto #0
-__all__ = ['gaussian_null', 'product_null', 'permutation_nulls', 'with_tail', 'null_band', 'compare_with_null']
+__all__ = ['ROUGHLY', 'gaussian_null', 'product_null', 'Workspace', 'permutation_nulls', 'with_tail', 'null_band',
+           'compare_with_null']
 
 # %% ../../nbs/spectra/nulls.ipynb #93e24733
 def _chi(rng, degrees, draws):
@@ -83,24 +86,66 @@ def product_null(
 # %% ../../nbs/spectra/nulls.ipynb #f5dfa12d
 def _permutations(entries, draws, seed):
     generator = torch.Generator().manual_seed(seed)
-    for _ in range(draws): yield torch.randperm(entries, generator=generator)
+    kind = torch.int32 if entries < 2**31 else torch.int64  # half the memory to read
+    for _ in range(draws): yield torch.randperm(entries, generator=generator, dtype=kind)
 
 def _sizes(matrix):
     "The entries of a matrix, or of each factor of a product"
     return (matrix.left.numel(), matrix.right.numel()) if isinstance(matrix, Product) else (matrix.numel(),)
 
 def _alike(matrices):
-    "Names of matrices of one shape and one inner side, in chunks"
-    kinds:dict[tuple, list[str]] = {}
-    for name, matrix in matrices.items(): kinds.setdefault((checked_shape(name, matrix), _sizes(matrix)), []).append(name)
-    return [names for (shape, _), alike in kinds.items() for names in chunks(dict.fromkeys(alike, shape))]
+    "Names of matrices by the numbers of entries, for which they share their permutations"
+    found:dict[tuple, list[str]] = {}
+    for name, matrix in matrices.items():
+        checked_shape(name, matrix)
+        found.setdefault(_sizes(matrix), []).append(name)
+    return found
 
 def _shuffled(matrix, permutation):
-    return matrix.reshape(-1)[permutation.to(matrix.device)].reshape(matrix.shape)
+    return matrix.detach().reshape(-1).index_select(0, permutation.to(matrix.device)).reshape(matrix.shape)
 
 def _reordered(matrix, orders):
     if isinstance(matrix, Product): return Product(_shuffled(matrix.left, orders[0]), _shuffled(matrix.right, orders[1]), matrix.scale)
     return _shuffled(matrix, orders[0])
+
+ROUGHLY = 1e-5  # relative error that a null's smallest singular value may have: draws differ by far more
+
+class Workspace(threading.local):
+    "Arrays that a thread uses again for every stack of one size, since fetching memory from the system takes time"
+    size = None
+
+    def arrays(self, n, long, short, dtype):
+        if self.size != (n, long, short, dtype):
+            self.size = n, long, short, dtype
+            self.x, self.gram, self.gram64 = torch.empty(n, long * short, dtype=dtype), torch.empty(n, short, short, dtype=dtype).numpy(), np.empty((n, short, short))
+        return self.x, self.gram, self.gram64
+
+def _on_cpu(matrix, orders, space):
+    "[orders, rank] from Gram matrices, in the precision that is enough; None where none is. The entries fill the longer side first, since their order is random"
+    long, short = max(matrix.shape), min(matrix.shape)
+    dtype = torch.float32 if matrix.dtype != torch.float64 and long >= 2 * short else torch.float64
+    entries = matrix.detach().reshape(-1).to(dtype)
+    norm = torch.linalg.vector_norm(entries, dtype=torch.float64)
+    if not 0 < norm < np.inf: return None
+    x, gram, gram64 = space.arrays(len(orders), long, short, dtype)
+    for row, order in zip(x, orders): torch.index_select(entries, 0, order, out=row)
+    stack = x.numpy().reshape(len(orders), long, short)
+    gram64[:] = np.matmul(stack.mT, stack, out=gram)
+    s = np.sqrt(np.maximum(np.linalg.eigvalsh(gram64), 0))[:, ::-1]
+    if not (np.finfo(gram.dtype).eps * s[:, 0]**2 < ROUGHLY * s[:, -1]**2).all(): return None
+    return s * (float(norm) / np.linalg.norm(s, axis=-1, keepdims=True))
+
+def _drawn(matrix, orders, space):
+    "[orders, rank] Singular values of a matrix with its entries in each order"
+    if isinstance(matrix, Tensor) and matrix.device.type == "cpu" and matrix.numel():
+        s = _on_cpu(matrix, [order for order, in orders], space)
+        if s is not None: return s
+    return np.stack(list(singular_values({str(i): _reordered(matrix, order) for i, order in enumerate(orders)}).values()))
+
+def _parts(matrix, draws):
+    "Start and size of the stacks that go through one call"
+    sizes = stack_sizes(matrix.shape, draws)
+    return zip(np.cumsum([0, *sizes[:-1]]).tolist(), sizes)
 
 def permutation_nulls(
     matrices:Mapping[str, Tensor|Product], # [rows, columns] by name
@@ -108,11 +153,14 @@ def permutation_nulls(
     seed:int=0,
 ) -> dict[str, np.ndarray]: # [draws, rank] singular values, descending
     "Singular values of matrices with their entries shuffled, the same permutations for all"
-    draws, found = _check_draws(draws), {name: [] for name in matrices}
-    for names in _alike(matrices):
-        for orders in zip(*(_permutations(entries, draws, seed + i) for i, entries in enumerate(_sizes(matrices[names[0]])))):
-            for name, s in singular_values({name: _reordered(matrices[name], orders) for name in names}).items(): found[name].append(s)
-    return {name: np.stack(rows) for name, rows in found.items()}
+    draws, found, space = _check_draws(draws), {name: [] for name in matrices}, Workspace()
+    for sizes, names in _alike(matrices).items():
+        orders = zip(*(_permutations(entries, draws, seed + i) for i, entries in enumerate(sizes)))
+        while some := list(islice(orders, max(1, CHUNK_BYTES // (8 * sum(sizes) or 1)))):
+            calls = sorted(((name, start, size) for name in names for start, size in _parts(matrices[name], len(some))), key=lambda call: call[1])  # a permutation stays in the cache
+            room = max(size * work_bytes(*matrices[name].shape) for name, _, size in calls)
+            for (name, _, _), s in zip(calls, each(lambda call: _drawn(matrices[call[0]], some[call[1]:call[1] + call[2]], space), calls, room)): found[name].append(s)
+    return {name: np.concatenate(rows) for name, rows in found.items()}
 
 # %% ../../nbs/spectra/nulls.ipynb #e3f7b64e
 def with_tail(

@@ -101,12 +101,12 @@ def _truncated_slopes(mean, width):
     return c / width
 
 # %% ../../nbs/spectra/tails.ipynb #1fdd7658
-BLOCK, BUFFER = 32, 2**17  # candidates at a time, and numbers at a time: a buffer that stays in the processor's cache
+BLOCK, BUFFER = 32, 2**18  # candidates at a time, and numbers at a time: a buffer that stays in the processor's cache
 
 def _distances(logs, counts, slopes, log_xmax=None):
     "[B, n] Kolmogorov-Smirnov distance of the fit of every candidate"
     B, n = logs.shape
-    parts = torch.get_num_threads() if B * n * n > 2**20 else 1
+    parts = torch.get_num_threads() if B * n * n > 2**23 else 1
     return torch.cat(each(lambda part: _part_distances(*part, log_xmax), list(zip(*(x.tensor_split(parts) for x in (logs, counts, slopes))))))
 
 def _part_distances(logs, counts, slopes, log_xmax):
@@ -126,10 +126,11 @@ def _part_distances(logs, counts, slopes, log_xmax):
 
 def _block_distances(values, candidates, slopes, empirical, log_xmax, out=None):
     "[B, candidates] Largest distance of the survival functions of fit and sample at the values; what lies below a candidate counts as 0"
-    survival = torch.sub(candidates[:, :, None], values[:, None, :], out=out).clamp_max_(0.).mul_(slopes[:, :, None]).exp_()
+    survival = torch.sub(candidates[:, :, None], values[:, None, :], out=out).clamp_max_(0.).mul_(slopes[:, :, None])
+    with np.errstate(over="ignore"): np.exp(survival.numpy(), out=survival.numpy())  # half the time of torch's
     if log_xmax is not None: survival = _cut_survival(survival, values, candidates, slopes, log_xmax)
-    low, high = torch.aminmax(survival.sub_(empirical), dim=-1)
-    return torch.maximum(-low, high)
+    survival.sub_(empirical)
+    return torch.maximum(-survival.amin(-1), survival.amax(-1))  # a tenth of the time of aminmax
 
 def _cut_survival(survival, values, candidates, slopes, log_xmax):
     "The survival function of a law that ends at xmax; where the slope is 0 the logarithms are uniform"
