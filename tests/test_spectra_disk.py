@@ -464,7 +464,7 @@ def alive(monkeypatch):
 @pytest.mark.parametrize("consumer", [singular_values, lambda x: analyze(x, null=None, progress=False), lambda x: analyze(x, "permutation", 2, progress=False)], ids=["singular_values", "analyze", "permutation null"])
 def test_a_file_is_read_a_chunk_at_a_time(tmp_path, monkeypatch, alive, consumer):
     save_file({f"m{i}.weight": torch.randn(40, 50) for i in range(24)}, tmp_path / "model.safetensors")
-    monkeypatch.setattr(decomposition, "CHUNK_BYTES", 3 * decomposition._bytes(40, 50))
+    monkeypatch.setattr(decomposition, "CHUNK_BYTES", 3 * decomposition.work_bytes(40, 50))
     consumer(weight_matrices(tmp_path / "model.safetensors"))
     assert set(alive) == {f"m{i}.weight" for i in range(24)} and alive.most <= 2 * 3 + 1
 
@@ -490,7 +490,7 @@ def test_a_large_matrix_is_not_converted_as_a_whole(monkeypatch, rows, columns):
 
 def test_a_difference_of_two_files_is_read_a_matrix_at_a_time(tmp_path, monkeypatch, alive):
     for name in ("before", "after"): save_file({f"m{i}.weight": torch.randn(30, 40) for i in range(12)}, tmp_path / f"{name}.safetensors")
-    monkeypatch.setattr(decomposition, "CHUNK_BYTES", decomposition._bytes(30, 40))
+    monkeypatch.setattr(decomposition, "CHUNK_BYTES", decomposition.work_bytes(30, 40))
     table = analyze(tmp_path / "after.safetensors", None, minus=tmp_path / "before.safetensors", progress=False)
     assert len(table) == 12 and len(alive) == 24 and alive.most <= 4
     assert analysis.main([str(tmp_path / "after.safetensors"), "--minus", str(tmp_path / "before.safetensors"), "--null", "none", "-o", str(tmp_path / "t.csv")]) == 0

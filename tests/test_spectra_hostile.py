@@ -247,9 +247,9 @@ def test_one_row_and_one_column_have_nulls():
 def test_a_comparison_with_nothing_is_nan_without_a_verdict():
     null = gaussian_null(20, 20, 50)
     table = compare_with_null(np.full(20, np.nan), null)
-    assert table.value.isna().all() and table.percentile.isna().all() and (table.verdict == "").all() and table.low.notna().any()
+    assert table.value.isna().all() and table.percentile.isna().all() and (table.verdict == "").all() and table.null_low.notna().any()
     nothing = compare_with_null(null[0], np.full((5, 20), np.nan))
-    assert nothing.percentile.isna().all() and (nothing.verdict == "").all() and nothing.low.isna().all()
+    assert nothing.percentile.isna().all() and (nothing.verdict == "").all() and nothing.null_low.isna().all()
     few = compare_with_null(gaussian_null(3, 9, 2)[0], gaussian_null(3, 9, 50))
     assert np.isnan(few.value["tail_alpha"]) and few.verdict["tail_alpha"] == "" and few.verdict["stable_rank"] != ""
     zero = compare_with_null(np.zeros(20), null)
@@ -319,7 +319,7 @@ def test_good_matrices_beside_hopeless_ones_have_the_rows_that_they_have_alone(n
     assert (table.loc[["good", "also"], "skipped"] == "").all() and table.loc[["good", "also"], "alpha"].notna().all()
     for name in ("nan", "one_inf"):
         assert table.skipped[name] == "all: entries that are not finite" and table.loc[name, [*numbers.drop(["rows", "columns", "rank", "layer", "head", "n_tail", "n_spikes", "alpha_null_low", "alpha_null_high"], errors="ignore")]].isna().all()
-    for name in ("zero", "row", "rank_one", "flat"): assert "tail: " in table.skipped[name] and np.isnan(table.alpha[name]) and (null is None or table["tail"][name] == "")
+    for name in ("zero", "row", "rank_one", "flat"): assert "tail: " in table.skipped[name] and np.isnan(table.alpha[name]) and (null is None or table.alpha_verdict[name] == "")
     assert table.numerical_rank[["zero", "row", "rank_one", "flat"]].tolist() == [0, 1, 1, 30]
 
 
@@ -532,8 +532,8 @@ def test_a_null_is_not_compared_with_a_fit_from_another_threshold():
 def test_too_few_draws_say_nothing():
     x = torch.randn(24, 48, generator=torch.Generator().manual_seed(0))
     few, enough = (analyze({"x": x}, draws=draws, progress=False).iloc[0] for draws in (38, 39))
-    assert few["tail"] == "" and np.isnan(few.alpha_null_low) and not np.isnan(few.alpha_percentile)
-    assert enough["tail"] != "" and enough.alpha_null_low < enough.alpha_null_high
+    assert few.alpha_verdict == "" and np.isnan(few.alpha_null_low) and not np.isnan(few.alpha_percentile)
+    assert enough.alpha_verdict != "" and enough.alpha_null_low < enough.alpha_null_high
 
 
 @pytest.mark.parametrize("dtype, rank", [(torch.float32, 3), (torch.bfloat16, 2)])

@@ -28,7 +28,7 @@ from ..storage import write_atomically
 if TYPE_CHECKING: import pandas as pd
 
 # %% auto #0
-__all__ = ['SCALED', 'LAST', 'WHOLE', 'PRINTED', 'analyze', 'main']
+__all__ = ['SCALED', 'TOGETHER', 'LAST', 'WHOLE', 'PRINTED', 'analyze', 'main']
 
 # %% ../../nbs/spectra/analysis.ipynb #2d968aa4
 def _groups(found, key):
@@ -68,28 +68,33 @@ def _measured(found):
 # %% ../../nbs/spectra/analysis.ipynb #a0bbf746
 SCALED = ("spectral_norm", "frobenius_norm", *QUARTILES)  # metrics that grow with the entries
 
-def _gaussian_nulls(found, draws, seed):
-    "By name a null [draws, r], which matrices of one shape share, and the variance of its entries"
+def _gaussian_nulls(found, draws, seed, done):
+    "By name a null [draws, r], which matrices of one shape share, and the variance of its entries; for spectra of one length at a time"
     def null(s):
         if s.inner is not None: return product_null(s.shape[0], s.inner, s.shape[1], draws, seed), float(s.inner)
         return gaussian_null(*s.shape, draws, seed), 1.
-    yield {name: null(s) for name, s in found.items() if len(s.values)}
+    for (length,), names in _groups(found, lambda name, s: (len(s.values),)).items():
+        if length: yield {name: null(found[name]) for name in names}
+        done(draws * len(names))
 
-def _permuted(found, matrices, draws, seed):
-    "The same, for some matrices at a time"
+def _permuted(found, matrices, draws, seed, done):
+    "The same, for a chunk of matrices at a time"
     shapes = {name: s.shape for name, s in found.items() if np.isfinite(s.values).all()}
     for names in chunks(shapes):
-        nulls = permutation_nulls({name: matrices[name] for name in names}, draws, seed)
+        nulls = permutation_nulls({name: matrices[name] for name in names}, draws, seed, done)
         yield {name: (null, found[name].variance) for name, null in nulls.items()}
+
+TOGETHER = 2**20  # singular values of nulls that are measured together, 8 MB of them
 
 def _of_nulls(nulls, found):
     "Metrics and tails of nulls as columns by name; spectra of one length go together"
     distinct = {(id(null), found[name].precision): null for name, (null, _) in nulls.items()}
     columns = {}
-    for (_, precision), keys in _groups(distinct, lambda key, null: (null.shape[1], key[1])).items():
-        together = _of_spectra(np.concatenate([distinct[key] for key in keys]), precision)
-        ends = np.cumsum([len(distinct[key]) for key in keys])
-        for key, end in zip(keys, ends): columns[key] = {name: values[end - len(distinct[key]):end] for name, values in together.items()}
+    for (shape, precision), keys in _groups(distinct, lambda key, null: (null.shape, key[1])).items():
+        most = max(1, TOGETHER // max(1, math.prod(shape)))
+        for some in (keys[i:i + most] for i in range(0, len(keys), most)):
+            together = _of_spectra(np.concatenate([distinct[key] for key in some]), precision)
+            for i, key in enumerate(some): columns[key] = {name: values[i * shape[0]:(i + 1) * shape[0]] for name, values in together.items()}
     return {name: columns[id(null), found[name].precision] for name, (null, _) in nulls.items()}
 
 def _beside(row, s, drawn, variance):
@@ -98,10 +103,10 @@ def _beside(row, s, drawn, variance):
     columns = {f"{name}_percentile": float(percentile_in(row[name], values * (scale if name in SCALED else 1.))) for name, values in drawn.items()
                if name not in ("alpha_mle", "sigma", "xmin", "ks", "n_tail", "status")}
     low, _, high = band_of(drawn["alpha"])
-    return columns | {"alpha_null_low": low, "alpha_null_high": high, "tail": str(verdict(row["alpha"], low, high, HEAVIER))}
+    return columns | {"alpha_null_low": low, "alpha_null_high": high, "alpha_verdict": str(verdict(row["alpha"], low, high, HEAVIER))}
 
 # %% ../../nbs/spectra/analysis.ipynb #b76ba97b
-LAST = ("alpha", "alpha_mle", "sigma", "xmin", "ks", "n_tail", "p_value", "alpha_low", "alpha_high", "alpha_percentile", "alpha_null_low", "alpha_null_high", "tail",
+LAST = ("alpha", "alpha_mle", "sigma", "xmin", "ks", "n_tail", "p_value", "alpha_low", "alpha_high", "alpha_percentile", "alpha_null_low", "alpha_null_high", "alpha_verdict",
         "bulk_variance", "mp_low", "mp_high", "bulk_ks", "n_spikes", "spike_strength", "left_localization", "right_localization")
 
 def _skipped(row, s):
@@ -172,12 +177,10 @@ def analyze(
     return _table([_described(about[name], found[name]) | {"skipped": _skipped(rows[name], found[name])} | rows[name] for name in found], matrices.left_out)
 
 def _compare(rows, found, matrices, null, draws, seed, progress):
-    batches = _gaussian_nulls(found, draws, seed) if null == "gaussian" else _permuted(found, matrices, draws, seed)
-    with tqdm(desc=f"{null} null", total=len(found), disable=not progress, leave=False) as bar:
-        for nulls in batches:
+    with tqdm(desc=f"{null} null", total=len(found) * draws, unit=" spectra", disable=not progress, leave=False) as bar:
+        for nulls in _gaussian_nulls(found, draws, seed, bar.update) if null == "gaussian" else _permuted(found, matrices, draws, seed, bar.update):
             drawn = _of_nulls(nulls, found)
             for name, (_, variance) in nulls.items(): rows[name] |= _beside(rows[name], found[name], drawn[name], variance)
-            bar.update(len(nulls))
 
 def _bootstrapped(s, draws, seed):
     units = s.values[0] if len(s.values) and np.isfinite(s.values[0]) and s.values[0] > 0 else 1.
@@ -185,7 +188,7 @@ def _bootstrapped(s, draws, seed):
     return {"p_value": test.p_value, "alpha_low": test.low, "alpha_high": test.high}
 
 # %% ../../nbs/spectra/analysis.ipynb #edcd76e9
-PRINTED = {"matrix": "matrix", "stable_rank": "stable rank", "effective_rank": "eff. rank", "alpha": "alpha", "sigma": "±", "n_tail": "n", "alpha_percentile": "percentile", "tail": "tail",
+PRINTED = {"matrix": "matrix", "stable_rank": "stable rank", "effective_rank": "eff. rank", "alpha": "alpha", "sigma": "±", "n_tail": "n", "alpha_percentile": "percentile", "alpha_verdict": "tail",
            "bulk_ks": "bulk KS", "n_spikes": "spikes", "skipped": "skipped"}
 
 def _parser():

@@ -5,11 +5,13 @@
 # %% ../../nbs/spectra/decomposition.ipynb #7f906e63
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from threading import Lock
 
 import numpy as np
 import threadpoolctl
@@ -19,8 +21,9 @@ from torch import Tensor
 from .matrices import Product
 
 # %% auto #0
-__all__ = ['CHUNK_BYTES', 'STACKED', 'gram_values', 'work_bytes', 'rank_bound', 'single_threaded', 'each', 'MatrixSpectrum',
-           'stack_sizes', 'chunks', 'read_spectra', 'checked_shape', 'singular_values', 'singular_vectors']
+__all__ = ['CHUNK_BYTES', 'SMALL', 'AWAY', 'gram_values', 'work_bytes', 'is_large', 'rank_bound', 'single_threaded', 'each',
+           'stack_sizes', 'MatrixSpectrum', 'chunks', 'read_spectra', 'checked_shape', 'checked_shapes',
+           'singular_values', 'singular_vectors']
 
 # %% ../../nbs/spectra/decomposition.ipynb #4135037f
 def _smaller_gram(x):
@@ -62,6 +65,13 @@ def work_bytes(
 ) -> int: # Bytes
     "Memory that a matrix takes in float64, with its Gram matrix and the copy that LAPACK works on"
     return 8 * (rows * columns + 2 * min(rows, columns)**2)
+
+def is_large(
+    rows:int,
+    columns:int,
+) -> bool:
+    "Does a matrix alone take more than a chunk?"
+    return work_bytes(rows, columns) > CHUNK_BYTES
 
 def _slabbed_gram(matrix, slab_bytes):
     "The smaller Gram matrix in float64, from slabs of a matrix that is never converted as a whole; NaN where an entry is not finite"
@@ -119,34 +129,61 @@ def _float64(matrix):
     return (matrix.cpu() if matrix.device.type == "mps" else matrix).to(torch.float64)
 
 # %% ../../nbs/spectra/decomposition.ipynb #7d009ee4
-STACKED = 96  # up to this many singular values one call for many matrices is faster
-
 @lru_cache(maxsize=1)
 def _blas():
     return threadpoolctl.ThreadpoolController().select(user_api="blas")
 
+_LIMITS, _LOCK = [], Lock()  # what each caller found; who leaves restores what the last one found, so that the last to leave restores what was there at first
+
 @contextmanager
 def single_threaded() -> Iterator[None]:
-    "One thread for torch and for numpy's linear algebra for a while"
+    "One thread for torch and for numpy's linear algebra for a while, whoever else asks for the same meanwhile"
     before = torch.get_num_threads()
-    if before != 1: torch.set_num_threads(1)
+    with _LOCK: _LIMITS.append(_blas().limit(limits=1))
     try:
-        with _blas().limit(limits=1): yield
+        if before != 1: torch.set_num_threads(1)
+        yield
     finally:
+        with _LOCK: _LIMITS.pop().restore_original_limits()
         if before != 1: torch.set_num_threads(before)
+
+def _as_worker():
+    torch.set_num_threads(1)
+    torch.set_grad_enabled(False)  # a new thread doesn't have the caller's
 
 def each(
     function, # Of one item
     items:list,
-    size:int=1, # Bytes that a call needs
+    size:float=1, # Bytes that a call needs
+    done=None, # Called in the caller's thread with each item whose result is there, in order
 ) -> list: # What the function returns, in the order of the items
-    "A function of each item, on one thread each, as many at once as torch has threads and a chunk has room for; what alone takes more than a chunk has all threads"
-    if not items: return []
-    if size > CHUNK_BYTES: return [function(item) for item in items]
-    workers = min(torch.get_num_threads(), len(items), max(1, CHUNK_BYTES // max(1, size)))
-    with single_threaded():
-        if workers == 1: return [function(item) for item in items]
-        with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool: return list(pool.map(function, items))
+    "A function of each item without gradients, on one thread each, as many at once as torch has threads and a chunk has room for; what alone takes more than a chunk has all threads"
+    if size > CHUNK_BYTES:
+        with torch.no_grad(): return _collected(map(function, items), items, done)
+    workers = max(1, min(torch.get_num_threads(), len(items), CHUNK_BYTES // max(1, size)))
+    with single_threaded(), torch.no_grad():
+        if workers == 1: return _collected(map(function, items), items, done)
+        with ThreadPoolExecutor(workers, initializer=_as_worker) as pool: return _collected(pool.map(function, items), items, done)
+
+def _collected(results, items, done):
+    found = []
+    for item, result in zip(items, results):
+        found.append(result)
+        if done is not None: done(item)
+    return found
+
+# %% ../../nbs/spectra/decomposition.ipynb #3c69dace
+SMALL = 96  # up to this many singular values of a matrix a call costs so much that there is but one for each thread
+AWAY = 500  # singular values of a call, beyond which numpy gives way to other threads
+
+def stack_sizes(
+    shape:tuple[int, int], # Rows and columns of every matrix
+    n:int, # Matrices
+) -> list[int]: # n in parts
+    "How many matrices of one shape go through one call: all that a thread gets of small ones, four or more of larger ones, fewer where they would fill a chunk"
+    most = max(1, -(-n // torch.get_num_threads())) if min(shape) <= SMALL else max(4, AWAY // min(shape) + 1)
+    most = min(most, max(1, CHUNK_BYTES // max(1, work_bytes(*shape))))
+    return [min(most, n - start) for start in range(0, n, most)]
 
 # %% ../../nbs/spectra/decomposition.ipynb #f613db70
 @dataclass(frozen=True)
@@ -200,18 +237,9 @@ def _large_spectrum(matrix):
 # %% ../../nbs/spectra/decomposition.ipynb #767e62f4
 def _group(matrix):
     "What is decomposed together"
-    if isinstance(matrix, Product): return "product"
-    if work_bytes(*matrix.shape) > CHUNK_BYTES: return "large"
+    if isinstance(matrix, Product): return "product" if matrix.left.device.type == "cpu" else "product elsewhere"
+    if is_large(*matrix.shape): return "large"
     return "cpu" if matrix.device.type == "cpu" else (matrix.device, _is_exact(matrix), tuple(matrix.shape))
-
-def stack_sizes(
-    shape:tuple[int, int], # Rows and columns of every matrix
-    n:int, # Matrices
-) -> list[int]: # n in parts
-    "How many matrices of one shape go through one call: all that a thread gets of small ones, four of larger ones, fewer where they would fill a chunk"
-    most = max(2, -(-n // torch.get_num_threads())) if min(shape) <= STACKED else 4
-    most = min(most, max(1, CHUNK_BYTES // max(1, work_bytes(*shape))))
-    return [min(most, n - start) for start in range(0, n, most)]
 
 def _stacks(matrices):
     "Places of matrices that go through one call, the most work first, so that no thread is left with it at the end"
@@ -230,6 +258,7 @@ def _on_cpu(matrices):
 
 def _group_spectra(group, matrices):
     if group == "product": return each(_product_spectrum, matrices)
+    if group == "product elsewhere": return each(_product_spectrum, matrices, math.inf)  # torch fails where two threads at once are the first to call a GPU's linear algebra
     if group == "large": return [_large_spectrum(matrix) for matrix in matrices]
     return _on_cpu(matrices) if group == "cpu" else _stack_spectra(matrices)
 
@@ -239,12 +268,13 @@ def _chunk_spectra(chunk):
     found = {name: s for group, names in groups.items() for name, s in zip(names, _group_spectra(group, [chunk[name] for name in names]))}
     return {name: found[name] for name in chunk}
 
+# %% ../../nbs/spectra/decomposition.ipynb #3402f0fa
 def chunks(
     shapes:Mapping[str, tuple[int, int]], # Rows and columns by name
 ) -> list[list[str]]: # Names of matrices, at most 256 MB of float64 together, small ones of one shape
     "Which matrices are read and decomposed together"
     groups:dict[tuple|None, list[str]] = {}
-    for name, shape in shapes.items(): groups.setdefault(tuple(shape) if min(shape) <= STACKED else None, []).append(name)
+    for name, shape in shapes.items(): groups.setdefault(tuple(shape) if min(shape) <= SMALL else None, []).append(name)
     found = []
     for shape, names in groups.items():
         room = -1
@@ -255,14 +285,12 @@ def chunks(
             room -= size
     return found
 
-# %% ../../nbs/spectra/decomposition.ipynb #3402f0fa
+# %% ../../nbs/spectra/decomposition.ipynb #317a3fc9
 def read_spectra(
     matrices:Mapping[str, Tensor|Product], # [rows, columns] by name; values may be read when asked for
 ) -> Iterator[tuple[str, MatrixSpectrum]]: # By name, those of one shape together
     "The spectrum of every matrix, chunk by chunk"
-    shapes = getattr(matrices, "shapes", None)
-    if shapes is None: shapes = {name: checked_shape(name, matrix) for name, matrix in matrices.items()}
-    for names in chunks(shapes):
+    for names in chunks(checked_shapes(matrices)):
         with torch.no_grad(): found = _chunk_spectra({name: matrices[name] for name in names})
         precisions = getattr(matrices, "precisions", {})
         for name, s in found.items(): yield name, replace(s, precision=precisions[name]) if name in precisions else s
@@ -277,6 +305,13 @@ def checked_shape(
     if len(matrix.shape) != 2: raise ValueError(f"{name} has {len(matrix.shape)} dimensions: singular values are those of a matrix [rows, columns]")
     if isinstance(matrix, Tensor) and not matrix.is_floating_point(): raise ValueError(f"{name} holds {matrix.dtype}: matrices have floating-point entries; .float() converts them")
     return tuple(matrix.shape)
+
+def checked_shapes(
+    matrices:Mapping[str, Tensor|Product], # [rows, columns] by name
+) -> dict[str, tuple[int, int]]: # Raises TypeError or ValueError
+    "The shapes of matrices, which are not read where the mapping knows their shapes"
+    shapes = getattr(matrices, "shapes", None)
+    return {name: checked_shape(name, matrix) for name, matrix in matrices.items()} if shapes is None else shapes
 
 def singular_values(
     matrices:Mapping[str, Tensor|Product], # [rows, columns] by name

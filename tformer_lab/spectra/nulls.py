@@ -5,6 +5,7 @@
 # %% ../../nbs/spectra/nulls.ipynb #4c87f8ef
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Mapping
 from functools import lru_cache
@@ -15,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .decomposition import CHUNK_BYTES, checked_shape, each, singular_values, stack_sizes, work_bytes
+from .decomposition import CHUNK_BYTES, checked_shapes, chunks, each, is_large, rank_bound, singular_values, stack_sizes, work_bytes
 from .matrices import Product
 from .metrics import metric_arrays
 from .percentiles import band_of, percentile_in, verdict
@@ -24,7 +25,7 @@ from .tails import fit_tails
 if TYPE_CHECKING: import pandas as pd
 
 # %% auto #0
-__all__ = ['ROUGHLY', 'gaussian_null', 'product_null', 'Workspace', 'permutation_nulls', 'with_tail', 'null_band',
+__all__ = ['TOLERANCE', 'gaussian_null', 'product_null', 'Workspace', 'permutation_nulls', 'with_tail', 'null_band',
            'compare_with_null']
 
 # %% ../../nbs/spectra/nulls.ipynb #93e24733
@@ -87,79 +88,108 @@ def product_null(
 def _permutations(entries, draws, seed):
     generator = torch.Generator().manual_seed(seed)
     kind = torch.int32 if entries < 2**31 else torch.int64  # half the memory to read
-    for _ in range(draws): yield torch.randperm(entries, generator=generator, dtype=kind)
+    for _ in range(draws): yield torch.randperm(entries, generator=generator, dtype=kind, device="cpu")
 
 def _sizes(matrix):
     "The entries of a matrix, or of each factor of a product"
     return (matrix.left.numel(), matrix.right.numel()) if isinstance(matrix, Product) else (matrix.numel(),)
 
-def _alike(matrices):
-    "Names of matrices by the numbers of entries, for which they share their permutations"
-    found:dict[tuple, list[str]] = {}
-    for name, matrix in matrices.items():
-        checked_shape(name, matrix)
-        found.setdefault(_sizes(matrix), []).append(name)
-    return found
-
 def _shuffled(matrix, permutation):
     return matrix.detach().reshape(-1).index_select(0, permutation.to(matrix.device)).reshape(matrix.shape)
 
 def _reordered(matrix, orders):
+    "A matrix with its entries in another order, or a product with those of its factors"
     if isinstance(matrix, Product): return Product(_shuffled(matrix.left, orders[0]), _shuffled(matrix.right, orders[1]), matrix.scale)
     return _shuffled(matrix, orders[0])
 
-ROUGHLY = 1e-5  # relative error that a null's smallest singular value may have: draws differ by far more
+# %% ../../nbs/spectra/nulls.ipynb #32407f62
+TOLERANCE = 1e-5  # relative error that the smallest singular value of a draw may have
 
 class Workspace(threading.local):
     "Arrays that a thread uses again for every stack of one size, since fetching memory from the system takes time"
     size = None
 
-    def arrays(self, n, long, short, dtype):
-        if self.size != (n, long, short, dtype):
-            self.size = n, long, short, dtype
-            self.x, self.gram, self.gram64 = torch.empty(n, long * short, dtype=dtype), torch.empty(n, short, short, dtype=dtype).numpy(), np.empty((n, short, short))
-        return self.x, self.gram, self.gram64
+    def arrays(self,
+        n:int, # Matrices
+        entries:int, # Of each
+        rank:int,
+        dtype:torch.dtype,
+    ) -> tuple: # Tensor [n, entries], Gram matrices [n, rank, rank] of that type and in float64, as they were left
+        "Room for a stack of matrices"
+        if self.size != (n, entries, rank, dtype):
+            self.size = self.held = None
+            self.held = torch.empty(n, entries, dtype=dtype, device="cpu"), torch.empty(n, rank, rank, dtype=dtype, device="cpu").numpy(), np.empty((n, rank, rank))
+            self.size = n, entries, rank, dtype
+        return self.held
 
-def _on_cpu(matrix, orders, space):
-    "[orders, rank] from Gram matrices, in the precision that is enough; None where none is. The entries fill the longer side first, since their order is random"
+def _in_unit(entries):
+    "Entries times a power of 2 that makes the largest about 1, so that no square over- or underflows, and that power; None where there is none"
+    largest = float(torch.linalg.vector_norm(entries, math.inf))
+    if not 0 < largest < math.inf: return None
+    most = 126 if entries.dtype == torch.float32 else 1000
+    power = min(max(-math.frexp(largest)[1], -most), most)
+    return entries * 2.**power, power
+
+def _from_grams(matrix, orders, space):
+    "[orders, rank] from Gram matrices of a matrix on the CPU with its entries in each order, and [orders] which are good enough; None if there are none"
     long, short = max(matrix.shape), min(matrix.shape)
     dtype = torch.float32 if matrix.dtype != torch.float64 and long >= 2 * short else torch.float64
-    entries = matrix.detach().reshape(-1).to(dtype)
-    norm = torch.linalg.vector_norm(entries, dtype=torch.float64)
-    if not 0 < norm < np.inf: return None
-    x, gram, gram64 = space.arrays(len(orders), long, short, dtype)
+    scaled = _in_unit(matrix.detach().reshape(-1).to(dtype))
+    if scaled is None: return None
+    entries, power = scaled
+    x, gram, gram64 = space.arrays(len(orders), len(entries), short, dtype)
     for row, order in zip(x, orders): torch.index_select(entries, 0, order, out=row)
-    stack = x.numpy().reshape(len(orders), long, short)
-    gram64[:] = np.matmul(stack.mT, stack, out=gram)
+    stack = x.numpy().reshape(len(orders), *matrix.shape)
+    gram64[:] = np.matmul(stack, stack.mT, out=gram) if matrix.shape[0] == short else np.matmul(stack.mT, stack, out=gram)
     s = np.sqrt(np.maximum(np.linalg.eigvalsh(gram64), 0))[:, ::-1]
-    if not (np.finfo(gram.dtype).eps * s[:, 0]**2 < ROUGHLY * s[:, -1]**2).all(): return None
-    return s * (float(norm) / np.linalg.norm(s, axis=-1, keepdims=True))
+    norm = float(torch.linalg.vector_norm(entries, dtype=torch.float64)) * 2.**-power
+    return s * (norm / np.linalg.norm(s, axis=-1, keepdims=True)), np.finfo(gram.dtype).eps * s[:, 0]**2 < TOLERANCE * s[:, -1]**2
 
 def _drawn(matrix, orders, space):
     "[orders, rank] Singular values of a matrix with its entries in each order"
-    if isinstance(matrix, Tensor) and matrix.device.type == "cpu" and matrix.numel():
-        s = _on_cpu(matrix, [order for order, in orders], space)
-        if s is not None: return s
-    return np.stack(list(singular_values({str(i): _reordered(matrix, order) for i, order in enumerate(orders)}).values()))
+    s, good = np.empty((len(orders), rank_bound(matrix))), np.zeros(len(orders), dtype=bool)
+    if isinstance(matrix, Tensor) and matrix.device.type == "cpu" and matrix.numel() and not is_large(*matrix.shape):
+        found = _from_grams(matrix, [order for order, in orders], space)
+        if found is not None: s, good = found
+    again = singular_values({str(i): _reordered(matrix, orders[i]) for i in np.flatnonzero(~good)})
+    for i, values in again.items(): s[int(i)] = values
+    return s
+
+# %% ../../nbs/spectra/nulls.ipynb #fbaaaa1f
+def _alike(matrices):
+    "Names of matrices by whether each goes alone, as large ones and those on a GPU do, and by the numbers of entries, for which they share their permutations"
+    found:dict[tuple, list[str]] = {}
+    for name, matrix in matrices.items():
+        alone = is_large(*matrix.shape) or (matrix.left if isinstance(matrix, Product) else matrix).device.type != "cpu"
+        found.setdefault((alone, _sizes(matrix)), []).append(name)
+    return found
 
 def _parts(matrix, draws):
-    "Start and size of the stacks that go through one call"
-    sizes = stack_sizes(matrix.shape, draws)
-    return zip(np.cumsum([0, *sizes[:-1]]).tolist(), sizes)
+    "Start and end of the stacks that go through one call"
+    ends = np.cumsum(stack_sizes(matrix.shape, draws)).tolist()
+    return zip([0, *ends], ends)
+
+def _draw(matrices, draws, seed, space, done):
+    "By name the singular values [some draws, rank] of matrices in memory, in order"
+    for (alone, sizes), names in _alike(matrices).items():
+        orders = zip(*(_permutations(entries, draws, seed + i) for i, entries in enumerate(sizes)))
+        while some := list(islice(orders, max(1, CHUNK_BYTES // (8 * sum(sizes) or 1)))):
+            calls = sorted(((name, start, end) for name in names for start, end in _parts(matrices[name], len(some))), key=lambda call: call[1])  # a permutation stays in the cache
+            drawn = lambda call: _drawn(matrices[call[0]], some[call[1]:call[2]], space)
+            tick = lambda call: done(call[2] - call[1])
+            room = math.inf if alone else max((end - start) * work_bytes(*matrices[name].shape) for name, start, end in calls)
+            for (name, _, _), s in zip(calls, each(drawn, calls, room, tick)): yield name, s
 
 def permutation_nulls(
-    matrices:Mapping[str, Tensor|Product], # [rows, columns] by name
+    matrices:Mapping[str, Tensor|Product], # [rows, columns] by name; values may be read when asked for
     draws:int=40, # Permutations of each; a band of 95% needs 39
     seed:int=0,
+    done=lambda n: None, # Called with the number of spectra whenever some more are drawn
 ) -> dict[str, np.ndarray]: # [draws, rank] singular values, descending
     "Singular values of matrices with their entries shuffled, the same permutations for all"
     draws, found, space = _check_draws(draws), {name: [] for name in matrices}, Workspace()
-    for sizes, names in _alike(matrices).items():
-        orders = zip(*(_permutations(entries, draws, seed + i) for i, entries in enumerate(sizes)))
-        while some := list(islice(orders, max(1, CHUNK_BYTES // (8 * sum(sizes) or 1)))):
-            calls = sorted(((name, start, size) for name in names for start, size in _parts(matrices[name], len(some))), key=lambda call: call[1])  # a permutation stays in the cache
-            room = max(size * work_bytes(*matrices[name].shape) for name, _, size in calls)
-            for (name, _, _), s in zip(calls, each(lambda call: _drawn(matrices[call[0]], some[call[1]:call[1] + call[2]], space), calls, room)): found[name].append(s)
+    for names in chunks(checked_shapes(matrices)):
+        for name, s in _draw({name: matrices[name] for name in names}, draws, seed, space, done): found[name].append(s)
     return {name: np.concatenate(rows) for name, rows in found.items()}
 
 # %% ../../nbs/spectra/nulls.ipynb #e3f7b64e
@@ -188,13 +218,13 @@ def compare_with_null(
     null:np.ndarray, # [draws, r] of the null; a Gaussian one times the root of the variance, for norms to be compared
     level:float=.95, # Probability that a draw falls inside of the band
     precision:float|None=None, # Relative precision of the matrix's entries
-) -> pd.DataFrame: # value, low, median, high, percentile, verdict; a row a metric
+) -> pd.DataFrame: # value, null_low, null_median, null_high, percentile, verdict; a row a metric
     "Every metric of a spectrum, and the exponent of its tail, beside its null"
     s, null = np.asarray(s, dtype=float), np.asarray(null, dtype=float)
     if s.ndim != 1 or null.ndim != 2 or null.shape[1] != len(s): raise ValueError(f"a spectrum [r] is compared with a null [draws, r]; these are {list(s.shape)} and {list(null.shape)}")
     own, drawn = with_tail(s, precision), with_tail(null, precision)
-    table = _bands(drawn, level)
+    table = _bands(drawn, level).add_prefix("null_")
     table.insert(0, "value", [float(own[name]) for name in table.index])
     table["percentile"] = [float(percentile_in(own[name], drawn[name])) for name in table.index]
-    table["verdict"] = [str(verdict(row.value, row.low, row.high)) for row in table.itertuples()]
+    table["verdict"] = [str(verdict(row.value, row.null_low, row.null_high)) for row in table.itertuples()]
     return table
