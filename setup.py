@@ -31,7 +31,7 @@ setup(
                  f"Natural Language :: {cfg['language']}",
                  *(f"Programming Language :: Python :: {v}" for v in cfg["python_versions"].split())],
     packages=find_packages(include=[cfg["lib_path"], cfg["lib_path"] + ".*"]),
-    package_data={cfg["lib_path"]: ["dashboards/*.js"]},
+    package_data={cfg["lib_path"]: ["dashboards/*.js", "dashboards/*.css"]},
     install_requires=shlex.split(cfg["requirements"]),
     extras_require=extras,
     python_requires=f">={cfg['min_python']}",

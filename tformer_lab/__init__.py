@@ -7,6 +7,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
     submodules=["dashboards", "data", "models", "runs", "spectra", "storage", "tasks", "training"],
     submod_attrs={
+        "dashboards.dashboard": ["Dashboard"],
         "runs.recorder": ["SpectrumRecorder"],
         "runs.store": ["Run", "list_runs"],
         "spectra.analysis": ["analyze"],

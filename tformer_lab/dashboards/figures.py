@@ -15,8 +15,8 @@ from plotly.subplots import make_subplots
 
 # %% auto #0
 __all__ = ['COLORS', 'HEAT', 'GRID', 'style', 'StepAxis', 'step_axis', 'shade', 'visible', 'drawn_ranks', 'value_range',
-           'spectrum_traces', 'spectrum_axis', 'spectrum_figure', 'heatmap_figure', 'optimum_trace', 'curve_trace',
-           'curve_range', 'curve_figure', 'training_figure', 'scrub_figure']
+           'spectrum_traces', 'log_ticks', 'spectrum_axis', 'spectrum_figure', 'heatmap_figure', 'optimum_trace',
+           'curve_trace', 'curve_range', 'curve_figure', 'training_figure', 'scrub_figure']
 
 # %% ../../nbs/dashboards/figures.ipynb #d1afd109
 COLORS = {"now": "#0072B2", "first": "#8C8C8C", "previous": "#E69F00", "optimum": "#D55E00", "cursor": "#CC79A7"}
@@ -119,14 +119,22 @@ def spectrum_traces(
                        line={"color": COLORS[name], "width": width, "dash": "solid" if name == "now" else "dot"},
                        hovertemplate="rank %{x}: %{y:.4g}<extra>%{fullData.name}</extra>") for name, i, mode, width in shown]
 
+def log_ticks(
+    low:float, # Ends of the range, as powers of 10
+    high:float,
+) -> dict[str, Any]: # For a plotly axis
+    "Ticks of a logarithmic axis: powers of ten where there are several, else 1, 2, 5 in every decade"
+    if high - low > 2.2: return {"type": "log", "tickmode": "linear", "dtick": 1 if high - low < 9 else 2, "exponentformat": "power"}
+    values = [digit * 10.**power for power in range(int(np.floor(low)), int(np.ceil(high)) + 1) for digit in (1, 2, 5)]
+    return {"type": "log", "tickmode": "array", "tickvals": values, "ticktext": [f"{value:.12g}" for value in values]}
+
 def spectrum_axis(
     s:np.ndarray, # [checkpoints, rank] singular values of a whole run
     log:bool, # Logarithmic?
 ) -> dict[str, Any]: # For plotly's yaxis
     "The axis of singular values, the same at every checkpoint"
     low, high = value_range(s, log)
-    powers = {"type": "log", "dtick": 1, "exponentformat": "power"} if high - low > 1 else {"type": "log", "tickmode": "auto"}
-    return {"range": [low, high], "autorange": False, **(powers if log else {"type": "linear", "tickmode": "auto"})}
+    return {"range": [low, high], "autorange": False, **(log_ticks(low, high) if log else {"type": "linear", "tickmode": "auto"})}
 
 def spectrum_figure(
     s:np.ndarray, # [checkpoints, rank] singular values, descending along the ranks

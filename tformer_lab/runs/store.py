@@ -358,13 +358,13 @@ def _row(path):
     config, said, last = run.config, run.status_details, _last_metrics(run)
     optimum = {o["metric"]: o["value"] for o in run.optimum}
     measured = next((name for name in ("train/loss", "population/loss") if name in optimum and name in last), None)
-    return {"run": run.name, "task": config.get("task"), "status": said["status"], "step": last.get("step"), "train/loss": last.get("train/loss"),
+    return {"run": run.name, "task": config.get("task"), "model": config.get("model"), "status": said["status"], "step": last.get("step"), "train/loss": last.get("train/loss"),
             "optimum": optimum.get(measured), "excess": last[measured] - optimum[measured] if measured else None,
             "created": str(config.get("created") or ""), "error": said.get("error")}
 
 def list_runs(
     folder:str|Path|None=None, # Holding runs; the default folder when None
-) -> pd.DataFrame: # run, task, status, step, train/loss, optimum, excess, created, error; the newest first
+) -> pd.DataFrame: # run, task, model, status, step, train/loss, optimum, excess, created, error; the newest first
     "The runs of a folder, a row each; one that cannot be read has its reason in `error`"
     import pandas as pd
     folder, rows = Path(folder or default_runs_dir()), []
@@ -373,6 +373,6 @@ def list_runs(
             if not path.name.startswith(".") and (path / "config.yaml").is_file(): rows.append(_row(path))
         except (FileError, OSError, TypeError, LookupError, AttributeError) as error:
             rows.append({"run": path.name, "status": "unreadable", "created": "", "error": str(error)})
-    columns = ["run", "task", "status", "step", "train/loss", "optimum", "excess", "created", "error"]
+    columns = ["run", "task", "model", "status", "step", "train/loss", "optimum", "excess", "created", "error"]
     table = pd.DataFrame(rows, columns=columns)
     return table.sort_values("created", ascending=False, kind="stable", ignore_index=True)

@@ -31,8 +31,8 @@ from .parameters import ParameterError, Trainer, build, check_names, field_names
 
 # %% auto #0
 __all__ = ['POPULATION_SIZE', 'POPULATION_STREAM', 'log_spaced', 'spaced', 'map_batch', 'Batches', 'StopRequest', 'MetricsLog',
-           'make_accelerator', 'default_threads', 'Session', 'Loop', 'label', 'describe', 'announce', 'resumed',
-           'check_same', 'fit', 'Job', 'prepare']
+           'make_accelerator', 'default_threads', 'Session', 'Loop', 'own_label', 'label', 'describe', 'announce',
+           'resumed', 'check_same', 'fit', 'Job', 'prepare']
 
 # %% ../../nbs/training/fit.ipynb #9e989a88
 def log_spaced(
@@ -325,12 +325,18 @@ class Loop:
         self.log.flush()
 
 # %% ../../nbs/training/fit.ipynb #6031ddfc
+def own_label(
+    task:Task,
+) -> str: # "origin-softmax-FA"; empty for defaults
+    "What sets a task's model and data apart: its own label, or the parameters that are not its defaults"
+    own = getattr(task, "label", None)
+    if own is not None: return own
+    return "-".join(f"{f.name}{getattr(task, f.name)}" for f in fields(task) if getattr(task, f.name) != getattr(_defaults(type(task)), f.name, None))
+
 def label(task:Task, trainer:Trainer) -> str: # "recall-origin-softmax-FA-lr0.5-seed0"
     "What a training is, in a few words"
-    own = getattr(task, "label", None)
-    if own is None: own = "-".join(f"{f.name}{getattr(task, f.name)}" for f in fields(task) if getattr(task, f.name) != getattr(_defaults(type(task)), f.name, None))
     finite = [f"samples{trainer.samples}"] if trainer.samples else []
-    return "-".join(filter(None, [task.name, own, f"lr{trainer.lr:g}", *finite, f"seed{trainer.seed}"]))
+    return "-".join(filter(None, [task.name, own_label(task), f"lr{trainer.lr:g}", *finite, f"seed{trainer.seed}"]))
 
 def _defaults(kind):
     try: return kind()
@@ -340,7 +346,7 @@ def describe(session:Session) -> dict[str, Any]:
     "What `config.yaml` says of a training"
     known = [asdict(o) for o in session.task.optimum()]
     learnable = {"train/loss"} if session.trainer.samples else set()  # a finite training set can be learnt by heart, and its loss has no such bound
-    return {"task": session.task.name, "parameters": asdict(session.task), "trainer": asdict(session.trainer),
+    return {"task": session.task.name, "model": own_label(session.task) or type(session.bare).__name__, "parameters": asdict(session.task), "trainer": asdict(session.trainer),
             "optimum": [o for o in known if o["metric"] not in learnable], "device": str(session.accelerator.device),
             "threads": session.threads, "processes": session.processes}
 
