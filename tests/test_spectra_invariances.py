@@ -1,12 +1,15 @@
 """Spectra, metrics, tails and histories: what must hold for any input, and what a brute-force loop gives."""
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import pytest
+import threadpoolctl
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import optimize
 
-from tformer_lab.spectra import decomposition
+from tformer_lab.spectra import analysis, decomposition, nulls
 from tformer_lab.spectra.decomposition import MatrixSpectrum, read_spectra, singular_values, singular_vectors
 from tformer_lab.spectra.history import SpectrumHistory, SpectrumRecord, pack, unpack
 from tformer_lab.spectra.matrices import Product
@@ -383,6 +386,111 @@ def test_a_shuffled_matrix_keeps_its_norm_and_each_matrix_has_its_own_null(seed,
         assert together[name].shape == (draws, min(rows, columns))
         np.testing.assert_allclose((together[name]**2).sum(1), float(matrix.double().square().sum()), rtol=1e-9)
         np.testing.assert_allclose(together[name], permutation_nulls({name: matrix}, draws, seed % 1000)[name], rtol=1e-8, atol=1e-10)
+
+
+def normal(*shape): return torch.randn(*shape, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+
+
+SHUFFLED = {"square": normal(90, 90), "oblong": normal(40, 130), "tall": normal(200, 30), "a row": normal(1, 70), "a column": normal(70, 1), "turned": normal(130, 40).mT, "every other entry": normal(80, 260)[::2, ::2],
+            "rank-deficient": normal(60, 150) * (normal(60, 150) > 1.9), "all alike": torch.full((20, 50), .3, dtype=torch.float64), "one entry": torch.eye(30, 70, dtype=torch.float64) * (torch.arange(30) == 4)[:, None],
+            "a large mean": 10 + normal(20, 60), "heavy": torch.from_numpy(np.random.default_rng(0).standard_t(1.5, size=(50, 160))), "tiny": 1e-22 * normal(40, 130), "subnormal": 1e-40 * normal(40, 130), "huge": 1e37 * normal(40, 130),
+            "a parameter": torch.nn.Parameter(normal(64, 160)), "a product": Product(normal(40, 12), normal(12, 30), 3.), "a product of parameters": Product(torch.nn.Parameter(normal(16, 20)), normal(20, 16))}
+
+
+def as_type(matrix, dtype):
+    return Product(matrix.left.to(dtype), matrix.right.to(dtype), matrix.scale) if isinstance(matrix, Product) else matrix.to(dtype)
+
+
+def shuffled_by_hand(matrix, draws, seed):
+    """The matrices in float64, entry by entry in the order that the seed gives, and their singular values by the SVD."""
+    factors = (matrix.left, matrix.right) if isinstance(matrix, Product) else (matrix,)
+    generators = [torch.Generator().manual_seed(seed + i) for i in range(len(factors))]
+    for _ in range(draws):
+        parts = []
+        for factor, generator in zip(factors, generators):
+            entries, order = factor.detach().double().contiguous().view(-1), torch.randperm(factor.numel(), generator=generator)
+            parts.append(torch.stack([entries[i] for i in order]).view(factor.shape))
+        yield parts[0] if len(parts) == 1 else matrix.scale * parts[0] @ parts[1]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("kind", SHUFFLED)
+def test_a_permutation_null_is_the_svd_of_the_same_entries_in_the_order_that_the_seed_gives(kind, dtype):
+    if dtype == torch.float16 and kind in ("tiny", "subnormal", "huge"): pytest.skip("nothing of it is left in float16")
+    matrix = as_type(SHUFFLED[kind], dtype)
+    for seed, draws in ((0, 3), (11, 2)):
+        drawn = permutation_nulls({"a": matrix}, draws, seed)["a"]
+        formed = list(shuffled_by_hand(matrix, draws, seed))
+        exact = np.stack([torch.linalg.svdvals(x).numpy()[:drawn.shape[1]] for x in formed])
+        np.testing.assert_allclose(drawn, exact, rtol=1e-5, atol=1e-9 * exact[0, 0])
+        largest = max(float(x.abs().max()) for x in formed)  # its square may underflow
+        np.testing.assert_allclose(np.linalg.norm(drawn / largest, axis=1), [float(torch.linalg.norm(x / largest)) for x in formed], rtol=1e-12)
+
+
+BORDERLINE = {"border": .8 + torch.randn(20, 60, generator=torch.Generator().manual_seed(0)), "small": torch.randn(16, 40, generator=torch.Generator().manual_seed(1)), "same size": torch.randn(40, 16, generator=torch.Generator().manual_seed(2)),
+              "larger": torch.randn(100, 128, generator=torch.Generator().manual_seed(3)), "product": Product(normal(20, 4), normal(4, 60))}
+
+
+def test_draws_depend_neither_on_threads_nor_on_other_draws_nor_on_other_matrices(monkeypatch):
+    good, original = [], nulls._from_grams
+    monkeypatch.setattr(nulls, "_from_grams", lambda *args: good.append(original(*args)[1]) or original(*args))
+    expected = permutation_nulls(BORDERLINE, 40)
+    assert 0 < sum(map(np.sum, good[:1])) < 40  # some draws of one stack are computed from the Gram matrix, and others by the SVD
+    monkeypatch.undo()
+    for threads in (2, 3, 5):
+        torch.set_num_threads(threads)
+        for name, s in permutation_nulls(BORDERLINE, 40).items(): np.testing.assert_array_equal(s, expected[name])
+        spectra = singular_values(BORDERLINE)
+    torch.set_num_threads(1)
+    for name, matrix in BORDERLINE.items():
+        np.testing.assert_array_equal(permutation_nulls({name: matrix}, 7)[name], expected[name][:7])
+        np.testing.assert_array_equal(singular_values({name: matrix})[name], spectra[name])
+
+
+def test_beyond_the_size_of_a_chunk_nulls_need_no_room_for_a_stack(monkeypatch):
+    weights = {"a": torch.randn(150, 40), "b": torch.randn(40, 150), "product": Product(torch.randn(150, 5), torch.randn(5, 40))}
+    expected = permutation_nulls(weights, 3)
+    monkeypatch.setattr(decomposition, "CHUNK_BYTES", 20_000)
+    monkeypatch.setattr(nulls.Workspace, "arrays", lambda *_: pytest.fail("a stack of large matrices"))
+    for name, s in permutation_nulls(weights, 3).items(): np.testing.assert_allclose(s, expected[name], rtol=1e-6)
+
+
+def test_overlapping_callers_leave_the_numbers_of_threads_as_they_were():
+    found = lambda: sorted((library["filepath"], library["num_threads"]) for library in threadpoolctl.threadpool_info() if library["user_api"] == "blas")
+    with threadpoolctl.threadpool_limits(3, user_api="blas"):
+        before, (first, second) = found(), (decomposition.single_threaded() for _ in range(2))
+        for enter in (first, second): enter.__enter__()
+        for leave in (first, second):
+            assert all(n == 1 for _, n in found())
+            leave.__exit__(None, None, None)
+        assert found() == before and all(n == 3 for _, n in before)
+        with ThreadPoolExecutor(3) as pool: list(pool.map(lambda i: [permutation_nulls({"a": normal(60, 60 + i)}, 3) for _ in range(10)], range(3)))
+        assert found() == before
+
+
+def test_weights_that_want_gradients_are_decomposed_in_any_thread():
+    torch.set_num_threads(2)
+    weights = {f"{i}": torch.nn.Parameter(normal(20 + i % 2, 20).to(dtype)) for i, dtype in enumerate([torch.float32, torch.float64] * 6)} | {"product": Product(torch.nn.Parameter(normal(20, 4)), normal(4, 20)), "other": Product(torch.nn.Parameter(normal(9, 4)), normal(4, 9))}
+    found = singular_values(weights)
+    torch.set_num_threads(1)
+    assert torch.is_grad_enabled()
+    for name, w in weights.items(): np.testing.assert_allclose(found[name], torch.linalg.svdvals(w.dense() if isinstance(w, Product) else w.double()).detach()[:len(found[name])], rtol=1e-6)
+
+
+@pytest.mark.parametrize("null", ["gaussian", "permutation"])
+def test_the_progress_bar_moves_in_steps_and_ends_at_its_end(monkeypatch, null):
+    steps, totals = [], []
+
+    class Bar:
+        def __init__(self, *_, total=None, **__): totals.append(total)
+        def __enter__(self): return self
+        def __exit__(self, *_): pass
+        def update(self, n): steps.append(n)
+
+    original = analysis.tqdm
+    monkeypatch.setattr(analysis, "tqdm", lambda *args, **options: original(*args, **options) if args else Bar(**options))
+    analyze({f"m{i}": torch.randn(30, 31 + i % 2) for i in range(4)} | {"larger": torch.randn(120, 100)}, null, 40, progress=False)
+    assert sum(steps) == totals[0] == 5 * 40 and len(steps) > 1
 
 
 # directions
