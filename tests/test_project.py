@@ -1,5 +1,8 @@
 """What holds for the project as a whole, and no single notebook can show"""
 import ast
+import importlib
+import inspect
+import pkgutil
 import re
 import shlex
 import subprocess
@@ -7,6 +10,7 @@ import sys
 from configparser import ConfigParser
 from pathlib import Path
 
+import pytest
 import yaml
 
 ROOT = Path(__file__).parents[1]
@@ -26,10 +30,19 @@ def imported_packages(module):
     return {name.partition(".")[0] for name in names}
 
 
-def test_importing_the_package_loads_neither_torch_nor_pandas_nor_plotly():
-    code = "import sys, tformer_lab; print(sorted({'torch', 'pandas', 'plotly'} & set(sys.modules)))"
+@pytest.mark.parametrize("module", ["tformer_lab", "tformer_lab.spectra"])
+def test_importing_the_package_loads_neither_torch_nor_pandas_nor_plotly(module):
+    code = f"import sys, {module}; print(sorted({{'torch', 'pandas', 'plotly'}} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("package", ["tformer_lab", "tformer_lab.spectra"])
+def test_every_name_that_a_package_offers_is_there_and_hides_no_module(package):
+    offered = importlib.import_module(package)
+    modules = {entry.name for entry in pkgutil.iter_modules(offered.__path__) if entry.name not in ("docs", "_modidx")}
+    assert modules == {name for name in offered.__all__ if inspect.ismodule(getattr(offered, name))}
+    assert all(getattr(offered, name).__name__ == name for name in set(offered.__all__) - modules)
 
 
 def test_only_the_site_builder_imports_nbdev_or_fastcore():
