@@ -48,12 +48,13 @@ def chromium():
 
 class Lab:
     """A JupyterLab over a copy of the notebooks, with settings that keep its own news out of the way."""
-    def __init__(self, folder, runs):
+    def __init__(self, folder, runs, dark=False):
         self.folder = folder
         shutil.copytree(TOP / "nbs", folder / "nbs", ignore=shutil.ignore_patterns(".ipynb_checkpoints"))
         settings = folder / "settings/@jupyterlab/apputils-extension"
         settings.mkdir(parents=True)
         (settings / "notification.jupyterlab-settings").write_text(json.dumps({"fetchNews": "false", "checkForUpdates": False}))
+        (settings / "themes.jupyterlab-settings").write_text(json.dumps({"theme": "JupyterLab Dark" if dark else "JupyterLab Light"}))
         env = {**os.environ, "TFORMER_RUNS": str(runs), "JUPYTERLAB_SETTINGS_DIR": str(folder / "settings"), "JUPYTER_CONFIG_DIR": str(folder / "config"),
                "JUPYTERLAB_WORKSPACES_DIR": str(folder / "workspaces"), "JUPYTER_RUNTIME_DIR": str(folder / "runtime"), "IPYTHONDIR": str(folder / "ipython")}
         self.log = open(folder / "lab.log", "w+")

@@ -243,8 +243,7 @@ class Dashboard(anywidget.AnyWidget, State, Sent):
             self._send_all()
 
     def _send_all(self):
-        steps = self._training.history.steps
-        self.set_trait("panels", panel_templates(self._view(self._training, self.matrix), steps))
+        self.set_trait("panels", panel_templates())
         self.set_trait("about", run_data(self._training))
         self._send_matrix()
         self._send_grid()

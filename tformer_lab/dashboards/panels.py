@@ -19,12 +19,12 @@ from ..spectra.nulls import gaussian_null, product_null
 from ..spectra.random_matrix import MarchenkoPastur
 
 # %% auto #0
-__all__ = ['VIEWS', 'SCALES', 'BINS', 'DRAWS', 'LAW_POINTS', 'DRAWN_RANKS', 'FIT_POINTS', 'LN10', 'TINY', 'Line', 'OTHERS',
-           'PINK', 'LINES', 'GHOSTS', 'LAWS', 'DRAWN_STEPS', 'LEADING', 'CELL_POINTS', 'ALIGNMENTS', 'bin_edges',
+__all__ = ['VIEWS', 'SCALES', 'BINS', 'DRAWS', 'LAW_POINTS', 'DRAWN_RANKS', 'LEADING', 'FIT_POINTS', 'LN10', 'TINY', 'Line',
+           'OTHERS', 'PINK', 'LINES', 'GHOSTS', 'LAWS', 'DRAWN_STEPS', 'CELL_POINTS', 'ALIGNMENTS', 'bin_edges',
            'densities', 'outline', 'Noise', 'noise_of', 'thinned', 'drawn_places', 'MatrixView', 'values_line',
-           'law_line', 'band_line', 'fit_line', 'spectrum_layout', 'spectrum_lines', 'spectrum_panel', 'shades',
-           'trajectories_panel', 'padded', 'metric_panel', 'cell_places', 'cell_lines', 'metric_colors', 'grid_panel',
-           'cell_trace', 'loss_at', 'aligned']
+           'law_line', 'band_line', 'fit_line', 'spectrum_axes', 'spectrum_layout', 'spectrum_lines', 'spectrum_panel',
+           'shades', 'trajectories_panel', 'padded', 'metric_panel', 'cell_places', 'cell_lines', 'metric_colors',
+           'grid_panel', 'cell_trace', 'loss_at', 'aligned']
 
 # %% ../../nbs/dashboards/panels.ipynb #bd6cafb5
 VIEWS, SCALES = ("rank", "density", "cumulative"), ("log", "linear")
@@ -85,7 +85,7 @@ def noise_of(
     return Noise(draws, np.sqrt(law.ppf(1 - (np.arange(n) + .5) / n)), grid, law.singular_value_pdf(grid))
 
 # %% ../../nbs/dashboards/panels.ipynb #4d8726f0
-DRAWN_RANKS = 512
+DRAWN_RANKS, LEADING = 512, 8 # In the panel of a spectrum, and in that of the leading values
 
 def thinned(
     n:int, # Points there are
@@ -191,18 +191,27 @@ def _rank_axis(view, scale, ranks):
 
 def _ticks(axis): return axis | log_ticks(*axis["range"]) if axis["type"] == "log" else axis
 
-def spectrum_layout(
+def spectrum_axes(
     matrix:MatrixView,
+) -> dict[str, Any]: # "values", "leading", "rank" and "share" by scale, "density" by the scale of the values and its own
+    "All axes that the spectrum of a matrix is drawn on, fixed over the whole run"
+    ranks = int(matrix.places[-1]) + 1 if len(matrix.places) else 1
+    by = {"log": "decade", "linear": "singular value"}
+    heights = {scale: densities(matrix.values, bin_edges(matrix.values, scale), scale) for scale in SCALES}
+    return {"values": {scale: spectrum_axis(matrix.values, scale == "log") for scale in SCALES}, "leading": {scale: spectrum_axis(matrix.values[:, :LEADING], scale == "log") for scale in SCALES},
+            "rank": {scale: _ticks(_rank_axis(matrix, scale, ranks)) for scale in SCALES}, "share": {scale: _ticks(_share_axis(matrix.rank, scale)) for scale in SCALES},
+            "density": {scale: {other: _ticks(_density_axis(heights[scale], other, by[scale])) for other in SCALES} for scale in SCALES}}
+
+def spectrum_layout(
+    axes:dict[str, Any], # As `spectrum_axes` gives them
     view:str, # "rank", "density" or "cumulative"
     scale:str, # "log" or "linear": the axis of the singular values
     other_scale:str, # The other axis
 ) -> dict[str, dict[str, Any]]: # xaxis and yaxis
-    "Both axes of the spectrum panel, fixed over the whole run"
-    values = spectrum_axis(matrix.values, scale == "log") | {"title": {"text": "singular value", "standoff": 8 if view != "rank" else 6}}
-    if view == "rank": return {"xaxis": _ticks(_rank_axis(matrix, other_scale, int(matrix.places[-1]) + 1 if len(matrix.places) else 1)), "yaxis": values}
-    if view == "cumulative": return {"xaxis": values, "yaxis": _ticks(_share_axis(matrix.rank, other_scale))}
-    heights = densities(matrix.values, bin_edges(matrix.values, scale), scale)
-    return {"xaxis": values, "yaxis": _ticks(_density_axis(heights, other_scale, "decade" if scale == "log" else "singular value"))}
+    "Both axes of the spectrum panel"
+    values = axes["values"][scale] | {"title": {"text": "singular value", "standoff": 6}}
+    if view == "rank": return {"xaxis": axes["rank"][other_scale], "yaxis": values}
+    return {"xaxis": values, "yaxis": axes["share"][other_scale] if view == "cumulative" else axes["density"][scale][other_scale]}
 
 # %% ../../nbs/dashboards/panels.ipynb #6d57496f
 OTHERS = ("#009E73", "#AA4499", "#999933")
@@ -253,10 +262,10 @@ def spectrum_panel(
         x, y = values_line(other.values[at], other.places, view, scale, bin_edges(matrix.values, scale))
         figure.add_trace(_spectrum_trace("other", escape(label), OTHERS[i], "solid", 1.6, view).update(x=x, y=y))
     style(figure, 470, title).update_layout(legend={"x": 0, "xanchor": "left", "y": 1.01, "itemclick": False, "itemdoubleclick": False}, margin_t=62 if title else 46)
-    return figure.update_layout(**spectrum_layout(matrix, view, scale, other_scale))
+    return figure.update_layout(**spectrum_layout(spectrum_axes(matrix), view, scale, other_scale))
 
 # %% ../../nbs/dashboards/panels.ipynb #9fa36a63
-DRAWN_STEPS, LEADING = 1000, 8
+DRAWN_STEPS = 1000
 
 def shades(
     n:int, # Colours
@@ -362,7 +371,7 @@ def grid_panel(
                                     hoveron="fills", hoverinfo="text", text=escape(name), hovertemplate=None))
     figure.add_trace(go.Scatter(x=[None], y=[None], mode="markers", showlegend=False, hoverinfo="skip", marker={"color": [metric_limits[0]], "cmin": metric_limits[0], "cmax": metric_limits[1], "colorscale": HEAT, "showscale": True,
                                 "colorbar": {"title": {"text": escape(metric.replace("_", " ")), "side": "right"}, "thickness": 10, "outlinewidth": 0, "x": 1.01}}))
-    height = 76 + len(roles) * (62 if len(roles) < 12 else 34)
+    height = 76 + max(len(roles) * (62 if len(roles) < 12 else 34), 110)
     style(figure, height, title).update_layout(margin={"l": 12 + 6 * max((len(r) for r in roles), default=0) + 14, "r": 84, "b": 44})
     every = max(1, -(-len(layers) // 24))
     figure.update_xaxes(range=[0, len(layers)], tickvals=[i + .5 for i in range(0, len(layers), every)], ticktext=layers[::every], title={"text": "layer" if any(layers) else "", "standoff": 6}, showgrid=False, ticks="")

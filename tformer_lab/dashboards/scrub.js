@@ -34,7 +34,10 @@ function element(tag, attributes = {}, ...children) {
   return made;
 }
 
-const labelled = (text, control) => element("label", { class: "scrub-field" }, element("span", {}, text), control);
+function labelled(text, control) {
+  if (!control.hasAttribute("aria-label")) control.setAttribute("aria-label", text);
+  return element("label", { class: "scrub-field" }, element("span", {}, text), control);
+}
 
 function fill(select, options, chosen) {
   const pairs = Array.isArray(options) ? options.map((value) => [value, value]) : Object.entries(options);
@@ -203,7 +206,7 @@ class Dashboard {
     this.search = element("input", { type: "search", placeholder: "search runs", "aria-label": "search runs" });
     this.runs = element("table", { class: "scrub-runs" });
     this.table = element("details", { class: "scrub-table", open: "" }, element("summary", {}, "Runs"), this.search, element("div", { class: "scrub-rows" }, this.runs));
-    this.selects = { matrix: element("select"), record: element("select"), metric: element("select"), color: element("select"), align: element("select") };
+    this.selects = { matrix: element("select"), record: element("select", { "aria-label": "recorded metric" }), metric: element("select", { "aria-label": "metric of the spectrum" }), color: element("select"), align: element("select") };
     for (const name of Object.keys(CHOICES)) this.selects[name] = element("select");
     for (const [name, [, options]] of Object.entries(CHOICES)) fill(this.selects[name], options, "");
     fill(this.selects.align, { step: "step", fraction: "fraction of training", loss: "loss reached" }, "step");
@@ -268,7 +271,7 @@ class Dashboard {
     this.on(this.last, "click", () => this.show(this.steps.length - 1));
     this.on(this.play, "click", () => (this.timer ? this.pause() : this.start()));
     this.on(this.speed, "change", () => { this.send("speed", +this.speed.value); if (this.timer) { this.pause(); this.start(); } });
-    this.on(this.jump, "change", () => this.jumpToLoss(this.jump.value));
+    this.on(this.jump, "keydown", (event) => { if (event.key === "Enter") { event.stopPropagation(); this.jumpToLoss(this.jump.value); } });
     this.on(this.search, "input", () => this.showTable());
     this.on(this.code, "click", () => this.copyCode());
     const react = {
@@ -365,7 +368,7 @@ class Dashboard {
     }));
     const lines = found.map((row) => element("tr", { "data-run": row.run }, ...columns.map(([name]) => {
       if (name !== "run") return element("td", { class: typeof row[name] === "number" ? "scrub-number" : "", title: name === "status" ? row.error || "" : "" }, text(row[name]));
-      const open = element("button", { type: "button" }, row.run);
+      const open = element("button", { type: "button", title: row.run }, row.run);
       open.dataset.lmSuppressShortcuts = "true";
       this.on(open, "click", () => this.choose("run", row.run));
       return element("td", {}, open);
@@ -382,6 +385,7 @@ class Dashboard {
   showAll() {
     this.about = this.get("about");
     this.say(this.get("message"));
+    this.cells = null;
     const atEnd = this.steps && this.index === this.steps.length - 1;
     this.steps = this.about.steps ? Array.from(whole(this.about.steps)) : [];
     this.grew = atEnd && this.get("live");
@@ -413,7 +417,8 @@ class Dashboard {
     this.index = this.grew || place < 0 ? this.steps.length - 1 : place;
     this.grew = false;
     this.showShuffled(false);
-    return this.drawAll();
+    this.drawAll();
+    return this.drawGrid();
   }
 
   position(step) { return this.logSteps ? Math.log10(1 + step) : step; }
@@ -450,7 +455,6 @@ class Dashboard {
       this.panels[name].on("plotly_click", (event) => this.guard(() => this.show(nearest(this.positions, event.points[0].x))));
     }
     this.moveCursors();
-    this.drawCells();
   }
 
   note(name, text) {
@@ -496,10 +500,16 @@ class Dashboard {
     if (!this.matrix) return;
     const { view, scale, other } = this.chosen(), { data, layout } = this.get("panels").spectrum[view];
     const traces = this.spectrumLines(false).map(({ trace, x, y, visible, name }) => ({ ...data[trace], x, y, visible, name: name ?? data[trace].name }));
-    const axes = structuredClone(this.matrix.layouts[view][scale][other]);
+    const axes = this.spectrumAxes(view, scale, other);
     this.axes = Object.fromEntries(["xaxis", "yaxis"].map((name) => [name, { ...layout[name], ...axes[name], autorange: !this.get("fixed") }]));
     Plotly.react(this.panels.spectrum, traces, this.layout(layout, { ...this.axes, showlegend: false, margin: { ...layout.margin, t: 14 } }), CONFIG);  // the boxes are the legend
     this.note("spectrum", this.thinning(this.matrix.drawn, Math.min(this.matrix.rank, this.matrix.places[this.matrix.drawn - 1] + 1), "ranks"));
+  }
+
+  spectrumAxes(view, scale, other) {
+    const { axes } = this.matrix, values = { ...axes.values[scale], title: { text: "singular value", standoff: 6 } };
+    if (view === "rank") return { xaxis: axes.rank[other], yaxis: values };
+    return { xaxis: values, yaxis: view === "cumulative" ? axes.share[other] : axes.density[scale][other] };
   }
 
   moveSpectrum() {
@@ -539,21 +549,22 @@ class Dashboard {
   // ---- over training --------------------------------------------------------------------------------------------
 
   drawHeat() {
-    const scale = this.get("scale"), { data, layout } = this.matrix.heat[scale], log = scale === "log", m = this.matrix;
+    const scale = this.get("scale"), { data, layout } = this.get("panels").heat[scale], log = scale === "log", m = this.matrix, [zmin, zmax] = m.axes.values[scale].range;
     const rows = m.kept.map((t) => m.row(t, log));
     const z = m.ranks.map((_, k) => rows.map((row) => (log ? Math.log10(row[k]) : row[k])));
     const steps = m.kept.map((t) => this.steps[t]);
-    const trace = { ...data[0], x: steps.map((s) => this.position(s)), y: m.ranks, z, customdata: undefined, text: undefined,
+    const trace = { ...data[0], x: steps.map((s) => this.position(s)), y: m.ranks, z, zmin, zmax,
       hovertemplate: `rank %{y}: ${log ? "10^%{z:.2f}" : "%{z:.4g}"}<extra></extra>` };
-    Plotly.react(this.panels.heat, [trace], this.layout(layout, { xaxis: { ...layout.xaxis, ...this.stepAxis() }, shapes: this.shapes() }), CONFIG);
+    Plotly.react(this.panels.heat, [trace], this.layout(layout, { xaxis: { ...layout.xaxis, ...this.stepAxis() }, yaxis: { ...layout.yaxis, range: [m.ranks[m.drawn - 1] + 0.5, 0.5] }, shapes: this.shapes() }), CONFIG);
     this.note("heat", this.thinning(m.kept.length, m.of));
   }
 
   drawTrajectories() {
-    const scale = this.get("scale"), { data, layout } = this.matrix.trajectories[scale], m = this.matrix, steps = m.kept.map((t) => this.steps[t]);
+    const scale = this.get("scale"), { data, layout } = this.get("panels").trajectories[scale], m = this.matrix, steps = m.kept.map((t) => this.steps[t]);
+    const yaxis = { ...layout.yaxis, ...m.axes.leading[scale], title: { ...layout.yaxis.title, text: `s<sub>1</sub> … s<sub>${Math.min(data.length, m.drawn)}</sub>` } };
     const rows = m.kept.map((t) => m.row(t, scale === "log"));
-    const traces = data.map((trace, j) => ({ ...trace, x: steps.map((s) => this.position(s)), y: rows.map((row) => row[data.length - 1 - j]), customdata: steps, mode: steps.length > 1 ? "lines" : "markers" }));
-    Plotly.react(this.panels.trajectories, traces, this.layout(layout, { xaxis: { ...layout.xaxis, ...this.stepAxis() }, shapes: this.shapes() }), CONFIG);
+    const traces = data.map((trace, j) => ({ ...trace, x: steps.map((s) => this.position(s)), y: rows.map((row) => row[data.length - 1 - j]), customdata: steps, mode: steps.length > 1 ? "lines" : "markers", visible: data.length - 1 - j < m.drawn }));
+    Plotly.react(this.panels.trajectories, traces, this.layout(layout, { xaxis: { ...layout.xaxis, ...this.stepAxis() }, yaxis, shapes: this.shapes() }), CONFIG);
     this.note("trajectories", this.thinning(m.kept.length, m.of));
   }
 
@@ -600,8 +611,7 @@ class Dashboard {
     if (!sent.names || sent.names.length < 2 || !this.matrix) return;
     this.cells = { ...sent, kept: Array.from(whole(sent.kept)), heights: floats(sent.heights), values: floats(sent.values) };
     fill(this.selects.color, Object.fromEntries((sent.colors || [sent.metric]).map((name) => [name, name.replaceAll("_", " ")])), sent.metric);
-    const { data, layout } = sent.figure;
-    Plotly.react(this.panels.grid, this.cellTraces().map((trace, i) => ({ ...data[i], ...trace })).concat(data.slice(sent.names.length)), this.layout(layout, { shapes: this.chosenCell() }), CONFIG);
+    this.drawGrid();
     const rest = sent.names.length > MANY_CELLS ? "drawn when the slider rests" : "";
     this.note("grid", [this.thinning(this.cells.kept.length, sent.of), rest].filter(Boolean).join(", "));
     if (this.hovered) return;
@@ -617,6 +627,13 @@ class Dashboard {
       this.panels.grid.title = at < 0 ? "" : `${this.cells.names[at]}: ${this.cells.metric.replaceAll("_", " ")} ${number(this.cells.values[this.cellRow() * this.cells.names.length + at])}`;
     });
     this.on(this.panels.grid, "click", (event) => { const at = this.cells ? under(event) : -1; if (at >= 0) this.choose("matrix", this.cells.names[at]); });
+  }
+
+  drawGrid() {
+    if (!this.cells) return;
+    const { figure: { data, layout }, names } = this.cells;
+    const traces = this.cellTraces().map((trace, i) => ({ ...data[i], ...trace }));
+    Plotly.react(this.panels.grid, [...traces, ...data.slice(names.length)], this.layout(layout, { shapes: this.chosenCell() }), CONFIG);
   }
 
   chosenCell() {
@@ -683,6 +700,7 @@ class Dashboard {
   }
 
   followStep() {
+    if (this.about !== this.get("about")) return;  // of another run, which is on its way
     const index = this.steps?.indexOf(this.get("step")) ?? -1;
     if (index >= 0 && index !== this.index && this.matrix) { this.index = index; this.moveCursors(); this.draw(); this.rest(); }
   }

@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 import plotly.graph_objects as go
 
-from .figures import HEAT, StepAxis, curve_figure, drawn_ranks, heatmap_figure, step_axis, value_range, visible
-from .panels import (ALIGNMENTS, CELL_POINTS, DRAWN_STEPS, LINES, OTHERS, SCALES, VIEWS, MatrixView, Noise, aligned, bin_edges, cell_lines, cell_places, densities,
-                                           drawn_places, grid_panel, loss_at, metric_panel, noise_of, spectrum_layout, spectrum_panel, thinned, trajectories_panel)
+from .figures import HEAT, StepAxis, curve_figure, drawn_ranks, heatmap_figure, step_axis, visible
+from .panels import (ALIGNMENTS, CELL_POINTS, DRAWN_STEPS, LINES, OTHERS, SCALES, VIEWS, MatrixView, Noise, aligned, LEADING, bin_edges, cell_lines, cell_places, densities,
+                                           drawn_places, grid_panel, loss_at, metric_panel, noise_of, spectrum_axes, spectrum_panel, thinned, trajectories_panel)
 from ..runs.store import Run
 from ..spectra.history import SpectrumHistory
 from ..spectra.metrics import QUARTILES, metric_arrays
@@ -161,31 +161,24 @@ def matrix_data(
     "What the page needs of one matrix"
     edges_of = {scale: bin_edges(view.values, scale) for scale in SCALES}
     noise, places = view.noise, view.places
-    kept, axis = thinned(len(steps), DRAWN_STEPS), step_axis(steps)
-    ranks = places[places < len(noise.quantiles)]
-    heat = {scale: template(heatmap_figure(view.values[:1], steps[:1], scale == "log", axis).update_layout(height=260)) for scale in SCALES}
-    for scale in SCALES:
-        low, high = value_range(view.values, scale == "log")
-        heat[scale]["data"][0] |= {"zmin": low, "zmax": high}
-        heat[scale]["layout"]["yaxis"]["range"] = [int(places[-1]) + 1.5 if len(places) else 1.5, .5]
-        heat[scale]["layout"]["shapes"] = []
+    kept, ranks = thinned(len(steps), DRAWN_STEPS), places[places < len(noise.quantiles)]
     return _points(view, edges_of) | {
         "matrix": view.name, "rows": view.shape[0], "columns": view.shape[1], "spread": floats(view.spread), "tails": {name: floats(values) for name, values in view.tails.items()},
         "bands": {name: list(limits) for name, limits in view.bands.items() if np.isfinite(limits).all()}, "scaled": list(SCALED), "kept": whole(kept), "of": len(steps),
         "noise": {"draws": floats(noise.draws), "low": floats(noise.draws.min(0)[places]), "high": floats(noise.draws.max(0)[places]),
                   "quantiles": floats(noise.quantiles[ranks]), "grid": floats(noise.grid), "density": floats(noise.density)},
-        "layouts": {v: {s: {o: spectrum_layout(view, v, s, o) for o in SCALES} for s in SCALES} for v in VIEWS},
-        "heat": heat, "trajectories": {scale: template(trajectories_panel(view.values, steps, scale, axis).update_layout(margin_r=84)) for scale in SCALES}}
+        "axes": spectrum_axes(view)}
 
-def panel_templates(
-    view:MatrixView,
-    steps:np.ndarray, # [checkpoints]
-) -> dict[str, Any]:
-    "The spectrum panel in each view, and the metric panel, without numbers"
-    nothing = [(label, view, 0) for label in ("",) * len(OTHERS)]
-    spectrum = {v: template(spectrum_panel(view, 0, v, others=nothing)) for v in VIEWS}
-    metric = metric_panel(steps[:1], np.zeros(1), "metric", np.zeros(1), np.zeros(1), others=[("", steps[:1], np.zeros(1))] * len(OTHERS)).update_layout(margin_r=84)
-    return {"spectrum": spectrum, "metric": template(metric), "lines": list(LINES), "others": list(OTHERS)}
+@lru_cache(maxsize=1)
+def panel_templates() -> dict[str, Any]: # JSON
+    "All panels without numbers: the same for every matrix"
+    s, steps = np.ones((2, LEADING)), np.arange(2)
+    view = MatrixView("", (LEADING, LEADING), s, np.arange(LEADING), np.ones(2), {name: np.full(2, np.nan) for name in ("alpha", "xmin", "n_tail", "percentile")}, {}, {}, noise_of((LEADING, LEADING)))
+    beside = [("", view, 0)] * len(OTHERS)
+    metric = metric_panel(steps, np.zeros(2), "metric", np.zeros(2), np.zeros(2), others=[("", steps, np.zeros(2))] * len(OTHERS))
+    return {"spectrum": {v: template(spectrum_panel(view, 0, v, others=beside)) for v in VIEWS}, "metric": template(metric.update_layout(margin_r=84)), "lines": list(LINES), "others": list(OTHERS),
+            "heat": {scale: template(heatmap_figure(s, steps, scale == "log").update_layout(height=260)) for scale in SCALES},
+            "trajectories": {scale: template(trajectories_panel(s, steps, scale).update_layout(margin_r=84)) for scale in SCALES}}
 
 # %% ../../nbs/dashboards/views.ipynb #ee2374e6
 def other_data(
