@@ -73,6 +73,7 @@ def is_large(
     "Does a matrix alone take more than a chunk?"
     return work_bytes(rows, columns) > CHUNK_BYTES
 
+# %% ../../nbs/spectra/decomposition.ipynb #f96e9b2f
 def _slabbed_gram(matrix, slab_bytes):
     "The smaller Gram matrix in float64, from slabs of a matrix that is never converted as a whole; NaN where an entry is not finite"
     tall = matrix if matrix.shape[0] >= matrix.shape[1] else matrix.mT

@@ -122,6 +122,7 @@ class Workspace(threading.local):
             self.size = n, entries, rank, dtype
         return self.held
 
+# %% ../../nbs/spectra/nulls.ipynb #f1bc3c0b
 def _in_unit(entries):
     "Entries times a power of 2 that makes the largest about 1, so that no square over- or underflows, and that power; None where there is none"
     largest = float(torch.linalg.vector_norm(entries, math.inf))
@@ -179,6 +180,7 @@ def _draw(matrices, draws, seed, space, done):
             tick = lambda call: done(call[2] - call[1])
             room = math.inf if alone else max((end - start) * work_bytes(*matrices[name].shape) for name, start, end in calls)
             for (name, _, _), s in zip(calls, each(drawn, calls, room, tick)): yield name, s
+            some = None  # room for the next permutations
 
 def permutation_nulls(
     matrices:Mapping[str, Tensor|Product], # [rows, columns] by name; values may be read when asked for
