@@ -125,7 +125,7 @@ class Workspace(threading.local):
 # %% ../../nbs/spectra/nulls.ipynb #f1bc3c0b
 def _in_unit(entries):
     "Entries times a power of 2 that makes the largest about 1, so that no square over- or underflows, and that power; None where there is none"
-    largest = float(torch.linalg.vector_norm(entries, math.inf))
+    largest = max(-float(entries.amin()), float(entries.amax()))
     if not 0 < largest < math.inf: return None
     most = 126 if entries.dtype == torch.float32 else 1000
     power = min(max(-math.frexp(largest)[1], -most), most)
