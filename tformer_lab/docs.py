@@ -36,11 +36,11 @@ except ImportError as error:
 
 # %% auto #0
 __all__ = ['PLOTLY', 'FIGURE', 'TITLE', 'EXPORT', 'WIDGET', 'SITE', 'KATEX', 'KATEX_FILES', 'CODE', 'LINK', 'ELSEWHERE', 'HIDDEN',
-           'figure_html', 'way_up', 'plotly_html', 'assets', 'does_more_than_import', 'notebook_faults', 'notebooks',
-           'sidebar', 'project_faults', 'sort_signatures', 'process', 'filtered', 'nbfilter', 'SiteError', 'stage',
-           'run_without_warnings', 'render_smalldocs', 'render_quarto', 'add_home', 'ids', 'anchor', 'localize_names',
-           'fetch_katex', 'localize_katex', 'Links', 'broken_links', 'build', 'docs', 'relink', 'readme_cell',
-           'readme_text', 'update_readme', 'readme']
+           'figure_html', 'way_up', 'plotly_html', 'scrubbing_page', 'assets', 'does_more_than_import',
+           'notebook_faults', 'notebooks', 'sidebar', 'project_faults', 'sort_signatures', 'process', 'filtered',
+           'nbfilter', 'SiteError', 'stage', 'run_without_warnings', 'render_smalldocs', 'render_quarto', 'add_home',
+           'ids', 'anchor', 'localize_names', 'fetch_katex', 'localize_katex', 'Links', 'broken_links', 'build', 'docs',
+           'relink', 'readme_cell', 'readme_text', 'update_readme', 'readme']
 
 # %% ../nbs/docs.ipynb #ddcd6477
 PLOTLY = "application/vnd.plotly.v1+json"
@@ -83,14 +83,30 @@ class plotly_html(Processor):
             output["data"] = {"text/html": html.splitlines(keepends=True)}
 
 # %% ../nbs/docs.ipynb #e6d7d367
+def scrubbing_page(
+    path:Path, # Of the page
+) -> None:
+    "Train a small model, and write the dashboard of its run as a page that stands alone"
+    from tformer_lab.dashboards.dashboard import Dashboard
+    from tformer_lab.runs.store import Run
+    from tformer_lab.tasks.recall import Recall
+    from tformer_lab.training.fit import fit
+
+    with tempfile.TemporaryDirectory() as folder, redirect_stdout(sys.stderr):
+        run = fit(Recall(), runs_dir=folder, steps=400, batch_size=256, checkpoints=40, progress=False)
+        run = Run(run.path.rename(Path(folder) / "recall"))
+        middle = int(run.spectra.steps[len(run.spectra.steps) * 2 // 3])
+        Dashboard(run, matrix="W", step=middle, lines=["first", "noise", "law"]).to_html(path)
+
 @call_parse
 def assets():
-    "Write `assets/plotly.min.js` into the folder that is being rendered"
+    "Write `assets/plotly.min.js`, and the page that the tutorial shows, into the folder that is being rendered"
     from plotly.offline import get_plotlyjs
 
     folder = Path(os.environ.get("QUARTO_PROJECT_DIR", ".")) / "assets"
     folder.mkdir(exist_ok=True)
     (folder / "plotly.min.js").write_text(get_plotlyjs(), encoding="utf-8")
+    scrubbing_page(folder / "recall.html")
 
 # %% ../nbs/docs.ipynb #07260575
 def does_more_than_import(

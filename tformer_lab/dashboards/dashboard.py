@@ -19,7 +19,7 @@ try:
     import traitlets
 except ImportError as error: raise ImportError("the dashboard needs anywidget: pip install 'tformer_lab[lab]'") from error
 
-from .export import PANELS, module_text, page_text, panel_figure, panel_table, save_picture, style_text
+from .export import PANELS, checked_path, module_text, page_text, panel_figure, panel_table, save_picture, style_text
 from .panels import ALIGNMENTS, DRAWS, GHOSTS, LAWS, SCALES, VIEWS, MatrixView, thinned
 from .views import Training, floats, grid_data, grid_view, matrix_data, matrix_view, other_data, panel_templates, run_data, training_of, whole
 from ..runs.store import Run, default_runs_dir, list_runs, shown
@@ -245,6 +245,7 @@ class Dashboard(anywidget.AnyWidget, State, Sent):
     def _send_all(self):
         self.set_trait("panels", panel_templates())
         self.set_trait("about", run_data(self._training))
+        self.set_trait("code", self.code | {"defaults": self.code["defaults"] | {"live": self._training.status == "running"}})
         self._send_matrix()
         self._send_grid()
 
@@ -338,7 +339,7 @@ class Dashboard(anywidget.AnyWidget, State, Sent):
         width:int=900, # Pixels, drawn at twice the resolution
     ) -> Path:
         "Save a panel as a picture"
-        return save_picture(self.figure(panel), Path(path).with_suffix(".png") if not Path(path).suffix else path, width)
+        return save_picture(self.figure(panel), checked_path(path, ".png"), width)
 
     def to_svg(self,
         path:str|Path,
@@ -346,15 +347,16 @@ class Dashboard(anywidget.AnyWidget, State, Sent):
         width:int=900, # Pixels
     ) -> Path:
         "Save a panel as a drawing"
-        return save_picture(self.figure(panel), Path(path).with_suffix(".svg") if not Path(path).suffix else path, width)
+        return save_picture(self.figure(panel), checked_path(path, ".svg"), width)
 
     def to_csv(self,
         path:str|Path,
         panel:str="spectrum",
     ) -> Path:
         "Save what is drawn in a panel as a table"
-        write_atomically(Path(path), self.data(panel).to_csv(index=False).encode())
-        return Path(path)
+        path = checked_path(path, ".csv")
+        write_atomically(path, self.data(panel).to_csv(index=False).encode())
+        return path
 
     def to_html(self,
         path:str|Path,
@@ -362,9 +364,8 @@ class Dashboard(anywidget.AnyWidget, State, Sent):
         checkpoints:int|None=None, # At most so many, evenly spread; None: all
     ) -> Path:
         "Write one file that scrubs without a kernel and without a network"
-        path = Path(path)
         if self._training is None: raise ValueError(self.message or "no run is shown")
-        if path.suffix != ".html": raise ValueError(f"{path}: a page is an .html file")
+        path = checked_path(path, ".html")
         write_atomically(path, self._page(matrices, checkpoints).encode())
         return path
 

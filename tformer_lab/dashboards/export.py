@@ -9,7 +9,7 @@ import base64
 import gzip
 import json
 from collections.abc import Mapping, Sequence
-from html import escape
+from html import escape, unescape
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -19,14 +19,14 @@ import pandas as pd
 import plotly.graph_objects as go
 from plotly.offline import get_plotlyjs
 
-from .figures import StepAxis, curve_figure, heatmap_figure, step_axis
-from .panels import DRAWS, MatrixView, aligned, loss_at, metric_panel, spectrum_panel, trajectories_panel
+from .figures import StepAxis, curve_figure, curve_trace, heatmap_figure, step_axis
+from .panels import OTHERS, MatrixView, aligned, loss_at, metric_panel, spectrum_panel, trajectories_panel
 from .views import Training, grid_figure, grid_view, last_step, matrix_view, metric_limits
 from ..storage import write_atomically
 
 # %% auto #0
 __all__ = ['PAGE', 'PANELS', 'Beside', 'module_text', 'style_text', 'packed', 'squeezed', 'page_text', 'reached', 'panel_figure',
-           'panel_table', 'save_picture']
+           'panel_table', 'checked_path', 'save_picture']
 
 # %% ../../nbs/dashboards/export.ipynb #27d4d4da
 def module_text() -> str:
@@ -130,17 +130,21 @@ def panel_figure(
     if panel == "trajectories": return trajectories_panel(view.values, steps, state["scale"], axis, training.unresolved, title)
     if panel == "metric":
         name, limits = state["metric"], metric_limits(view, state["metric"])
-        others = [(label, _on_axis(run, training, state["align"]), other.metrics[name]) for label, other, run in beside]
+        others = [(label, _on_axis(run, training, state["align"], run.history.steps), other.metrics[name]) for label, other, run in beside]
         return metric_panel(steps, view.metrics[name], name, *limits, axis, training.unresolved, others, title)
     if panel == "loss":
         if not training.records: raise ValueError(f"{training.name} has recorded no metrics")
-        return curve_figure(*training.records[state["record"]], state["record"], training.optimum, axis, training.unresolved, escape(training.name))
+        figure = curve_figure(*training.records[state["record"]], state["record"], training.optimum, axis, training.unresolved, escape(training.name))
+        for i, (label, _, run) in enumerate(beside):
+            if run is training or state["record"] not in run.records: continue
+            steps, values = run.records[state["record"]]
+            figure.add_trace(curve_trace(_on_axis(run, training, state["align"], steps), values, axis, label).update(line_color=OTHERS[i]))
+        return figure
     grid = grid_view(training.history, state["color"])
     return grid_figure(grid, max(0, int(np.searchsorted(grid.kept, index, "right")) - 1), view.name).update_layout(title={"text": f"{escape(training.name)}, step {state['step']:,}", "x": 0, "xref": "paper", "font": {"size": 14}}, margin_t=40)
 
-def _on_axis(run, training, align):
+def _on_axis(run, training, align, steps):
     "Steps of another run on this run's axis"
-    steps = run.history.steps
     return np.round(steps * last_step(training) / max(last_step(run), 1)).astype(int) if align == "fraction" else steps
 
 def panel_table(
@@ -155,10 +159,21 @@ def panel_table(
             rows.append(pd.DataFrame({"line": "singular values", "x": np.tile(x, len(y)), "y": np.repeat(y, len(x)), "value": z.ravel()}))
         elif trace.x is not None and len(trace.x) and trace.x[0] is not None:
             at = trace.customdata if trace.customdata is not None and len(trace.customdata) == len(trace.x) else trace.x
-            rows.append(pd.DataFrame({"line": trace.name or "", "x": np.asarray(at, dtype=float), "y": np.asarray(trace.y, dtype=float)}))
+            rows.append(pd.DataFrame({"line": unescape(trace.name or ""), "x": np.asarray(at, dtype=float), "y": np.asarray(trace.y, dtype=float)}))
     return pd.concat(rows, ignore_index=True) if rows else pd.DataFrame(columns=["line", "x", "y"])
 
 # %% ../../nbs/dashboards/export.ipynb #76f0affe
+def checked_path(
+    path:str|Path, # In a folder that is there
+    *suffixes:str, # What it may end on; the first is added where it ends on none
+) -> Path:
+    "Where something can be saved"
+    path = Path(path)
+    if not path.suffix: path = path.with_suffix(suffixes[0])
+    if path.suffix not in suffixes: raise ValueError(f"{path}: what is saved here ends on {' or '.join(suffixes)}")
+    if not path.absolute().parent.is_dir(): raise FileNotFoundError(f"{path}: there is no folder {path.parent}")
+    return path
+
 def save_picture(
     figure:go.Figure,
     path:str|Path, # Ending on .png or .svg
@@ -166,9 +181,7 @@ def save_picture(
     height:int|None=None, # The figure's own if not given
 ) -> Path:
     "Write a figure as a picture on white"
-    path = Path(path)
-    if path.suffix not in (".png", ".svg"): raise ValueError(f"{path}: pictures are .png or .svg")
-    if not path.absolute().parent.is_dir(): raise FileNotFoundError(f"{path}: there is no folder {path.parent}")
+    path = checked_path(path, ".png", ".svg")
     figure = go.Figure(figure).update_layout(paper_bgcolor="white")
     try: picture = figure.to_image(format=path.suffix[1:], width=width, height=height or figure.layout.height or 450, scale=2 if path.suffix == ".png" else 1)
     except ImportError as error: raise ImportError("pictures need kaleido: pip install 'tformer_lab[lab]'") from error

@@ -376,6 +376,8 @@ def grid_panel(
     every = max(1, -(-len(layers) // 24))
     figure.update_xaxes(range=[0, len(layers)], tickvals=[i + .5 for i in range(0, len(layers), every)], ticktext=layers[::every], title={"text": "layer" if any(layers) else "", "standoff": 6}, showgrid=False, ticks="")
     figure.update_yaxes(range=[len(roles), 0], tickvals=[i + .5 for i in range(len(roles))], ticktext=[escape(r) for r in roles], showgrid=False, ticks="")
+    for name, (row, column) in zip(names, cells):
+        if not roles[row] and len(names) <= 64: figure.add_annotation(x=column + .96, y=row + .14, text=escape(name), showarrow=False, font={"size": 12}, xanchor="right", yanchor="middle")
     if chosen in names:
         row, column = cells[list(names).index(chosen)]
         figure.add_shape(type="rect", x0=column + .02, x1=column + .98, y0=row + .03, y1=row + .97, line={"color": PINK, "width": 2}, name="chosen")

@@ -434,7 +434,7 @@ class Dashboard {
   shapes() {
     if (this.about.unresolved === null || this.about.unresolved === undefined) return [];
     return [{ type: "rect", x0: this.position(this.about.unresolved), x1: this.position(this.about.last), y0: 0, y1: 1, yref: "paper", line: { width: 0 }, fillcolor: "rgba(128,128,128,.22)",
-      label: { text: "rounding", font: { size: 11 } } }];
+      label: { text: "rounding", textposition: "top center", font: { size: 11 } } }];
   }
 
   drawAll() {

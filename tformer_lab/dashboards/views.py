@@ -24,9 +24,9 @@ from ..spectra.percentiles import percentile_in
 from ..spectra.tails import fit_tails
 
 # %% auto #0
-__all__ = ['SCALED', 'FITTED', 'GRID_NUMBERS', 'Training', 'training_of', 'matrix_view', 'metric_limits', 'floats', 'whole',
-           'template', 'last_step', 'run_data', 'matrix_data', 'panel_templates', 'other_data', 'GridView', 'grid_view',
-           'grid_figure', 'grid_data']
+__all__ = ['SCALED', 'DRAWN_RECORDS', 'FITTED', 'GRID_NUMBERS', 'Training', 'training_of', 'matrix_view', 'metric_limits',
+           'floats', 'whole', 'template', 'last_step', 'run_data', 'matrix_data', 'panel_templates', 'other_data',
+           'GridView', 'grid_view', 'grid_figure', 'grid_data']
 
 # %% ../../nbs/dashboards/views.ipynb #8400a70c
 @dataclass(frozen=True)
@@ -58,6 +58,7 @@ def training_of(
 
 # %% ../../nbs/dashboards/views.ipynb #df749d42
 SCALED = ("spectral_norm", "frobenius_norm", *QUARTILES)  # metrics that grow with the entries
+DRAWN_RECORDS = 2500 # Of a recorded metric
 FITTED = 2 * 10**8  # squares of ranks, over all checkpoints, that are fitted: well below a second
 
 @lru_cache(maxsize=64)
@@ -130,7 +131,7 @@ def last_step(
 
 def _record(training, name, axis):
     steps, values = training.records[name]
-    kept = thinned(len(steps), 2 * DRAWN_STEPS)
+    kept = thinned(len(steps), DRAWN_RECORDS)
     figure = curve_figure(steps[kept], values[kept], name, training.optimum, axis, None).update_layout(height=230, margin={"t": 34}, showlegend=True)
     return {"name": name, "figure": template(figure), "optima": [o["value"] for o in training.optimum if o["metric"] == name and o.get("position") is None],
             "steps": whole(steps[kept]), "values": floats(values[kept]), "drawn": len(kept), "of": len(steps)}
@@ -181,6 +182,11 @@ def panel_templates() -> dict[str, Any]: # JSON
             "trajectories": {scale: template(trajectories_panel(s, steps, scale).update_layout(margin_r=84)) for scale in SCALES}}
 
 # %% ../../nbs/dashboards/views.ipynb #ee2374e6
+def _curves(training):
+    "Recorded metrics of another run"
+    kept = {name: thinned(len(steps), DRAWN_STEPS) for name, (steps, _) in training.records.items()}
+    return {name: {"steps": whole(steps[kept[name]]), "values": floats(values[kept[name]])} for name, (steps, values) in training.records.items()}
+
 def other_data(
     view:MatrixView, # Of the other run, or another matrix
     training:Training, # The run that it is of
@@ -195,7 +201,7 @@ def other_data(
     at = {by: whole(aligned(steps, other, by, *losses)) for by in ALIGNMENTS}
     edges_of = {scale: bin_edges(first.values, scale) for scale in SCALES}
     return _points(view, edges_of) | {"label": label, "steps": whole(other), "last": last_step(training), "at": at, "matrix": view.name,
-                                      "losses": bool(np.isfinite(losses[0]).any() and np.isfinite(losses[1]).any()), "records": {name: {"steps": whole(s[k := thinned(len(s), DRAWN_STEPS)]), "values": floats(v[k])} for name, (s, v) in training.records.items()}}
+                                      "losses": bool(np.isfinite(losses[0]).any() and np.isfinite(losses[1]).any()), "records": _curves(training) if training is not first_training else {}}
 
 # %% ../../nbs/dashboards/views.ipynb #af4a7979
 GRID_NUMBERS = 4 * 10**6
