@@ -5,6 +5,7 @@
 # %% ../../nbs/dashboards/dashboard.ipynb #bff7093b
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from functools import wraps
 from pathlib import Path
@@ -333,39 +334,43 @@ class Dashboard(anywidget.AnyWidget, State, Sent):
         "What is drawn in a panel, as a table"
         return panel_table(self.figure(panel))
 
+    def _file(self, panel, suffix):
+        "What is saved is called, if nothing else is said"
+        return "-".join(re.sub(r"[^\w.-]+", "_", part) for part in (self.run, panel) if part) + suffix
+
     def to_png(self,
-        path:str|Path,
+        path:str|Path|None=None, # RUN-PANEL.png if not given
         panel:str="spectrum",
         width:int=900, # Pixels, drawn at twice the resolution
     ) -> Path:
         "Save a panel as a picture"
-        return save_picture(self.figure(panel), checked_path(path, ".png"), width)
+        return save_picture(self.figure(panel), checked_path(path or self._file(panel, ".png"), ".png"), width)
 
     def to_svg(self,
-        path:str|Path,
+        path:str|Path|None=None, # RUN-PANEL.svg if not given
         panel:str="spectrum",
         width:int=900, # Pixels
     ) -> Path:
         "Save a panel as a drawing"
-        return save_picture(self.figure(panel), checked_path(path, ".svg"), width)
+        return save_picture(self.figure(panel), checked_path(path or self._file(panel, ".svg"), ".svg"), width)
 
     def to_csv(self,
-        path:str|Path,
+        path:str|Path|None=None, # RUN-PANEL.csv if not given
         panel:str="spectrum",
     ) -> Path:
         "Save what is drawn in a panel as a table"
-        path = checked_path(path, ".csv")
+        path = checked_path(path or self._file(panel, ".csv"), ".csv")
         write_atomically(path, self.data(panel).to_csv(index=False).encode())
         return path
 
     def to_html(self,
-        path:str|Path,
+        path:str|Path|None=None, # RUN.html if not given
         matrices:list[str]|None=None, # None: all
         checkpoints:int|None=None, # At most so many, evenly spread; None: all
     ) -> Path:
         "Write one file that scrubs without a kernel and without a network"
         if self._training is None: raise ValueError(self.message or "no run is shown")
-        path = checked_path(path, ".html")
+        path = checked_path(path or self._file("", ".html"), ".html")
         write_atomically(path, self._page(matrices, checkpoints).encode())
         return path
 

@@ -125,7 +125,7 @@ def panel_figure(
     index = int(np.flatnonzero(steps == state["step"])[0])
     if panel == "spectrum":
         others = [(name, other, int(aligned(steps, run.history.steps, state["align"], reached(training, steps), reached(run, run.history.steps))[index])) for name, other, run in beside]
-        return spectrum_panel(view, index, state["view"], state["scale"], state["other_scale"], ("now", *state["lines"]), shuffled, others, f"{title}, step {state['step']:,}")
+        return spectrum_panel(view, index, state["view"], state["scale"], state["other_scale"], state["lines"], shuffled, others, f"{title}, step {state['step']:,}")
     if panel == "heat": return heatmap_figure(view.values, steps, state["scale"] == "log", axis, training.unresolved, title)
     if panel == "trajectories": return trajectories_panel(view.values, steps, state["scale"], axis, training.unresolved, title)
     if panel == "metric":

@@ -22,9 +22,9 @@ from ..spectra.random_matrix import MarchenkoPastur
 __all__ = ['VIEWS', 'SCALES', 'BINS', 'DRAWS', 'LAW_POINTS', 'DRAWN_RANKS', 'LEADING', 'FIT_POINTS', 'LN10', 'TINY', 'Line',
            'OTHERS', 'PINK', 'LINES', 'GHOSTS', 'LAWS', 'DRAWN_STEPS', 'CELL_POINTS', 'ALIGNMENTS', 'bin_edges',
            'densities', 'outline', 'Noise', 'noise_of', 'thinned', 'drawn_places', 'MatrixView', 'values_line',
-           'law_line', 'band_line', 'fit_line', 'spectrum_axes', 'spectrum_layout', 'spectrum_lines', 'spectrum_panel',
-           'shades', 'trajectories_panel', 'padded', 'metric_panel', 'cell_places', 'cell_lines', 'metric_colors',
-           'grid_panel', 'cell_trace', 'loss_at', 'aligned']
+           'law_line', 'edge_line', 'band_line', 'fit_line', 'spectrum_axes', 'spectrum_layout', 'spectrum_lines',
+           'spectrum_panel', 'shades', 'trajectories_panel', 'padded', 'metric_panel', 'cell_places', 'cell_lines',
+           'metric_colors', 'grid_panel', 'cell_trace', 'loss_at', 'aligned']
 
 # %% ../../nbs/dashboards/panels.ipynb #bd6cafb5
 VIEWS, SCALES = ("rank", "density", "cumulative"), ("log", "linear")
@@ -149,6 +149,18 @@ def law_line(
     n, at = len(noise.quantiles), places[places < len(noise.quantiles)]
     return (at + 1., spread * noise.quantiles[at]) if view == "rank" else (spread * noise.quantiles[at], (at + 1) / n)
 
+def edge_line(
+    noise:Noise,
+    places:np.ndarray, # [drawn]
+    spread:float, # Root of the variance
+    view:str, scale:str, # As above
+) -> Line:
+    "The upper end of the law"
+    if not len(noise.grid): return np.zeros(0), np.zeros(0)
+    end, top = np.full(2, spread * noise.grid[-1]), law_line(noise, places, spread, "density", scale)[1].max()
+    if view == "rank": return np.array([1., places[-1] + 1.]), end
+    return end, np.array([.5 / len(noise.quantiles), 1.] if view == "cumulative" else [top / 1000, top])
+
 def band_line(
     draws:np.ndarray, # [draws, rank] singular values of a null, in the matrix's units
     places:np.ndarray, # [drawn]
@@ -218,13 +230,13 @@ OTHERS = ("#009E73", "#AA4499", "#999933")
 PINK = COLORS["cursor"]
 LINES = {  # name in the legend, colour, dashes, width
     "noise": ("noise, 95%", "rgba(128,128,128,.30)", "solid", 0), "shuffled": ("shuffled, 95%", "rgba(128,128,128,.9)", "dot", 1.2),
-    "law": ("Marchenko–Pastur", COLORS["optimum"], "solid", 1.6), "first": ("first", COLORS["first"], "dot", 1.5), "final": ("final", "#56B4E9", "dashdot", 1.5),
+    "law": ("Marchenko–Pastur", COLORS["optimum"], "solid", 1.6), "edge": ("edge of the law", COLORS["optimum"], "dot", 1.), "first": ("first", COLORS["first"], "dot", 1.5), "final": ("final", "#56B4E9", "dashdot", 1.5),
     "previous": ("previous", COLORS["previous"], "dot", 1.5), "fit": ("power law", COLORS["optimum"], "dash", 2.2), "now": ("now", COLORS["now"], "solid", 2)}
 GHOSTS, LAWS = ("first", "previous", "final"), ("noise", "law", "fit", "shuffled")
 
 def _spectrum_trace(name, label, color, dash, width, view):
     band = {"fill": "toself", "fillcolor": color} if name == "noise" else {}
-    points = name not in ("noise", "shuffled", "law", "fit") and view != "density"
+    points = name not in ("noise", "shuffled", "law", "edge", "fit") and view != "density"
     mode = "lines+markers" if points and (name == "now" or name.startswith("other")) else "lines"
     hover = {"rank": "rank %{x:.4~g}: %{y:.4g}", "cumulative": "%{x:.4g}: %{y:.3~g} of the values are as large", "density": "%{x:.4g}: density %{y:.3g}"}[view]
     return go.Scatter(name=label, mode=mode, marker={"size": 4}, line={"color": color, "width": width, "dash": dash}, hovertemplate=hover + "<extra>%{fullData.name}</extra>",
@@ -242,14 +254,14 @@ def spectrum_lines(
     spread, tail = float(matrix.spread[index]), {name: float(column[index]) for name, column in matrix.tails.items()}
     empty = (np.zeros(0), np.zeros(0))
     return {"noise": band_line(spread * matrix.noise.draws, places, view, scale, edges), "shuffled": empty if shuffled is None else band_line(shuffled, places, view, scale, edges),
-            "law": law_line(matrix.noise, places, spread, view, scale), "first": line(0), "final": line(-1), "previous": line(max(index - 1, 0)),
+            "law": law_line(matrix.noise, places, spread, view, scale), "edge": edge_line(matrix.noise, places, spread, view, scale), "first": line(0), "final": line(-1), "previous": line(max(index - 1, 0)),
             "fit": fit_line(tail["alpha"], tail["xmin"], tail["n_tail"], matrix.rank, view, scale), "now": line(index)}
 
 def spectrum_panel(
     matrix:MatrixView,
     index:int, # Of the checkpoint
     view:str="rank", scale:str="log", other_scale:str="linear", # As above
-    shown:Sequence[str]=("noise", "law", "first", "previous", "now"), # Names of LINES
+    shown:Sequence[str]=("noise", "law", "first", "previous"), # Names of LINES; now is always there, and the law brings its edge
     shuffled:np.ndarray|None=None, # [draws, rank] the null of the matrix's own entries at this checkpoint
     others:Sequence[tuple[str, MatrixView, int]]=(), # Label, matrix and checkpoint of what it is compared with
     title:str|None=None,
@@ -257,7 +269,8 @@ def spectrum_panel(
     "A spectrum at one checkpoint beside its ghosts, its null and its laws"
     figure = go.Figure()
     for name, (x, y) in spectrum_lines(matrix, index, view, scale, shuffled).items():
-        figure.add_trace(_spectrum_trace(name, *LINES[name], view).update(x=x, y=y, visible=name in shown and len(x) > 0))
+        wanted = (LINES if name == "now" else shown) if name != "edge" else ("edge",) * ("law" in shown)
+        figure.add_trace(_spectrum_trace(name, *LINES[name], view).update(x=x, y=y, visible=name in wanted and len(x) > 0))
     for i, (label, other, at) in enumerate(others):
         x, y = values_line(other.values[at], other.places, view, scale, bin_edges(matrix.values, scale))
         figure.add_trace(_spectrum_trace("other", escape(label), OTHERS[i], "solid", 1.6, view).update(x=x, y=y))

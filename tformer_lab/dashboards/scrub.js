@@ -119,6 +119,15 @@ class Matrix {
     return { x: Array.from(this.null.grid, (u) => c * u), y: Array.from(this.null.density, (f, i) => f * (scale === "log" ? this.null.grid[i] * Math.LN10 : 1 / c)) };
   }
 
+  /** The upper end of the law. */
+  edge(index, view, scale) {
+    const { grid, density } = this.null;
+    if (!grid.length) return { x: [], y: [] };
+    const c = this.spread[index], end = c * grid[grid.length - 1], most = density.reduce((top, f, i) => Math.max(top, f * (scale === "log" ? grid[i] * Math.LN10 : 1 / c)), 0);
+    if (view === "rank") return { x: [1, this.ranks[this.drawn - 1]], y: [end, end] };
+    return { x: [end, end], y: view === "cumulative" ? [0.5 / this.rank, 1] : [most / 1000, most] };
+  }
+
   fit(index, view, scale) {
     const [alpha, xmin, m] = ["alpha", "xmin", "n_tail"].map((name) => this.tail[name][index]);
     const k = Array.from({ length: FIT_POINTS }, (_, i) => (m > 0 ? m ** (i / (FIT_POINTS - 1)) : NaN));
@@ -285,6 +294,7 @@ class Dashboard {
       this.model.on(event, handle);
       return () => this.model.off(event, handle);
     });
+    for (const name of ["heat", "trajectories", "loss", "metric"]) this.on(this.panels[name], "click", (event) => this.goTo(this.panels[name], event));
     this.resized = new ResizeObserver(() => this.body.hidden || Object.values(this.panels).forEach((p) => p.data && Plotly.Plots.resize(p)));
     this.resized.observe(this.body);
   }
@@ -449,11 +459,6 @@ class Dashboard {
     this.drawMetric();
     this.cursors?.forEach((cursor) => cursor.line.remove());
     this.cursors = ["heat", "trajectories", "loss", "metric"].filter((name) => this.panels[name].data).map((name) => new Cursor(this.panels[name]));
-    for (const name of ["heat", "trajectories", "loss", "metric"]) {
-      if (!this.panels[name].data) continue;
-      this.panels[name].removeAllListeners("plotly_click");
-      this.panels[name].on("plotly_click", (event) => this.guard(() => this.show(nearest(this.positions, event.points[0].x))));
-    }
     this.moveCursors();
   }
 
@@ -475,13 +480,13 @@ class Dashboard {
     const lines = {
       noise: () => m.band({ draws: m.null.draws, low: m.null.low, high: m.null.high }, m.spread[i], view, scale),
       shuffled: () => (this.shuffled ? m.band(this.shuffled, 1, view, scale) : { x: [], y: [] }),
-      law: () => m.law(i, view, scale), fit: () => m.fit(i, view, scale),
+      law: () => m.law(i, view, scale), edge: () => m.edge(i, view, scale), fit: () => m.fit(i, view, scale),
       first: () => m.line(0, view, scale), final: () => m.line(this.steps.length - 1, view, scale),
       previous: () => m.line(Math.max(i - 1, 0), view, scale), now: () => m.line(i, view, scale),
     };
     const found = [];
     this.get("panels").lines.forEach((name, trace) => {
-      const visible = name === "now" || on.includes(name);
+      const visible = name === "now" || on.includes(name === "edge" ? "law" : name);
       if (moving && (!visible || name === "first" || name === "final")) return;
       const line = visible ? lines[name]() : { x: [], y: [] };
       found.push({ trace, ...line, visible: visible && line.x.length > 0 });
@@ -541,7 +546,7 @@ class Dashboard {
   showCaption() {
     const m = this.matrix, i = this.index, alpha = m.tail.alpha[i], percentile = m.tail.percentile[i];
     const word = percentile < 2.5 ? "heavier than noise" : percentile > 97.5 ? "lighter than noise" : "like noise";
-    const tail = Number.isFinite(alpha) ? `tail of the eigenvalues: α = ${number(alpha, 3)} over ${m.tail.n_tail[i]} values, ${word} (percentile ${Math.round(percentile)} of random matrices)` : "no power law was fitted here";
+    const tail = Number.isFinite(alpha) ? `tail of the eigenvalues: α = ${number(alpha, 3)} over ${m.tail.n_tail[i]} values from s = ${number(Math.sqrt(m.tail.xmin[i]), 3)} on, ${word} (percentile ${Math.round(percentile)} of random matrices)` : "no power law was fitted here";
     const lines = this.get("lines"), missing = lines.includes("shuffled") && !this.shuffled ? (this.kept().has(this.steps[i]) ? " · shuffling…" : " · no weights were kept at this step to shuffle") : "";
     this.caption.textContent = `${m.matrix}, ${m.rows} × ${m.columns} · ${tail}${missing}`;
   }
@@ -703,6 +708,13 @@ class Dashboard {
     if (this.about !== this.get("about")) return;  // of another run, which is on its way
     const index = this.steps?.indexOf(this.get("step")) ?? -1;
     if (index >= 0 && index !== this.index && this.matrix) { this.index = index; this.moveCursors(); this.draw(); this.rest(); }
+  }
+
+  /** To the checkpoint nearest to a click into a panel over training. */
+  goTo(panel, event) {
+    const { xaxis, yaxis } = panel._fullLayout, box = panel.getBoundingClientRect();
+    const x = event.clientX - box.left - xaxis._offset, y = event.clientY - box.top - yaxis._offset;
+    if (x >= 0 && x <= xaxis._length && y >= 0 && y <= yaxis._length) this.show(nearest(this.positions, xaxis.p2d(x)));
   }
 
   jumpToLoss(text) {
