@@ -9,11 +9,73 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 TOP = Path(__file__).parent.parent
 CHROMIUM_ARGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
                  "--disable-component-update", "--disable-sync"]
+
+
+def growing(
+    shape, # Rows and columns
+    checkpoints,
+    seed,
+    empty=0, # Values that are zero until half of the training
+):
+    """Singular values [checkpoints, rank] of a matrix of noise that takes up a signal of rank three."""
+    rank, late = min(shape), 1 / (1 + np.exp(-12 * (np.linspace(0, 1, checkpoints) - .4)))[:, None]
+    noise = np.linalg.svd(np.random.default_rng(seed).normal(size=shape), compute_uv=False)
+    s = -np.sort(-((.05 + .02 * late) * noise + late * np.r_[3., 1.5, .8, np.zeros(max(rank - 3, 0))][:rank] * (1 + .3 * np.sin(seed))), axis=-1)
+    if empty: s[:checkpoints // 2, -empty:] = 0.
+    return s
+
+
+def write_run(
+    path,
+    spectra, # [checkpoints, rank] by matrix
+    shapes, # Rows and columns by matrix
+    steps, # [checkpoints]
+    losses=None, # [checkpoints]; None: none is recorded
+    ends="done", # "done", "failed", or None: the writer is left open and returned
+    weights=(), # Steps whose weights are kept
+    **config,
+):
+    """A run without a training: every matrix has the spectra that are given. Returns the Run, or its open writer."""
+    import torch
+
+    from tformer_lab.runs.store import Run, RunWriter
+    run = Run.create(path, {"task": "synthetic", "model": f"{len(spectra)} matrices", "optimum": [{"metric": "train/loss", "value": 1.2, "kind": "exact", "error": 0., "position": None}], **config})
+    writer = RunWriter(run)
+    for i, step in enumerate(steps): add_checkpoint(writer, int(step), {name: s[i] for name, s in spectra.items()}, shapes, None if losses is None else float(losses[i]))
+    for step in weights:
+        rng, i = np.random.default_rng(0), list(steps).index(step)
+        bases = {name: [np.linalg.qr(rng.normal(size=(side, min(shapes[name]))))[0] for side in shapes[name]] for name in spectra}
+        writer.save_weights(step, {name: torch.tensor((u * spectra[name][i]) @ v.T) for name, (u, v) in bases.items()})
+    if ends is None: return writer
+    writer.close(ends, "RuntimeError: the loss is NaN" if ends == "failed" else None)
+    return run
+
+
+def add_checkpoint(writer, step, values, shapes, loss=None):
+    """Write the spectra of a step, and its loss; without waiting for the disk."""
+    import safetensors.numpy
+
+    from tformer_lab.spectra.decomposition import MatrixSpectrum
+    from tformer_lab.spectra.history import SpectrumRecord, pack
+    from tformer_lab.storage import step_file, write_atomically
+    record = SpectrumRecord(step, {name: MatrixSpectrum(np.asarray(s, dtype=float), shapes[name], float(np.sum(s**2) / np.prod(shapes[name])), 2.**-23) for name, s in values.items()})
+    if loss is not None: writer.log([{"step": step, "train/loss": loss}])
+    write_atomically(writer.run.path / "spectra" / step_file(step), safetensors.numpy.save(*pack(record)), durable=False)
+    writer.step = step
+
+
+def layered_run(path, layers, rank, checkpoints, losses=True):
+    """A run of four matrices a layer, rank × 2 rank each, at steps that grow."""
+    names = [f"encoder.{layer}.self_attn.{role}" for layer in range(layers) for role in "qkvo"]
+    steps = np.arange(checkpoints) * np.arange(checkpoints) // 4 + np.arange(checkpoints)
+    spectra = {name: growing((rank, 2 * rank), checkpoints, seed) for seed, name in enumerate(names)}
+    return write_run(path, spectra, dict.fromkeys(names, (rank, 2 * rank)), steps, 1.2 + 3 * np.exp(-6 * np.linspace(0, 1, checkpoints)) if losses else None)
 
 
 @pytest.fixture(scope="session")
