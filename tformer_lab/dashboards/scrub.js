@@ -8,7 +8,7 @@ const FIT_POINTS = 33;
 const REST_MS = 120;            // how long the slider rests before Python hears of it
 const POLL_MS = 1500;           // between two looks at a run that is still training
 const MANY_CELLS = 60;          // above this, the small multiples are drawn when the slider rests
-const CONFIG = { displayModeBar: false, responsive: false };
+const CONFIG = { displayModeBar: false, responsive: false, doubleClick: "reset" };
 // Moves points without laying out the axes again: half the time of a restyle.
 const AT_ONCE = { mode: "immediate", frame: { duration: 0, redraw: false }, transition: { duration: 0 } };
 
@@ -229,7 +229,7 @@ class Dashboard {
     this.play = button("▶", "play");
     this.last = button("▶|", "last checkpoint");
     this.speed = element("select", { "aria-label": "checkpoints a second" });
-    this.slider = element("input", { type: "range", min: 0, step: 1, "aria-label": "checkpoint" });
+    this.slider = element("input", { type: "range", step: "any", "aria-label": "checkpoint" });
     this.label = element("output", { class: "scrub-step" });
     this.jump = element("input", { type: "number", step: "any", class: "scrub-jump", placeholder: "loss", "aria-label": "jump to the first checkpoint with at most this loss" });
     this.caption = element("div", { class: "scrub-caption" });
@@ -275,7 +275,9 @@ class Dashboard {
     this.on(this.fixed, "change", () => this.choose("fixed", this.fixed.checked));
     this.on(this.live, "change", () => this.choose("live", this.live.checked));
     this.on(this.compare, "change", () => this.addOther(this.compare.value));
-    this.on(this.slider, "input", () => this.show(+this.slider.value));
+    // Its values are positions on the axis of the steps, linear or logarithmic as that is; it stops at checkpoints only.
+    this.on(this.slider, "input", () => this.show(nearest(this.positions, +this.slider.value)));
+    this.on(this.slider, "keydown", (event) => this.press(event));
     this.on(this.first, "click", () => this.show(0));
     this.on(this.last, "click", () => this.show(this.steps.length - 1));
     this.on(this.play, "click", () => (this.timer ? this.pause() : this.start()));
@@ -422,7 +424,6 @@ class Dashboard {
     this.others = (others || []).map((sent) => new Matrix(sent));
     fill(this.selects.metric, Object.fromEntries(this.matrix.metrics.map((name) => [name, name.replaceAll("_", " ")])), this.get("metric"));
     this.selects.align.querySelector('[value="loss"]').disabled = !this.others.every((other) => other.losses);
-    this.slider.max = this.steps.length - 1;
     const place = this.steps.indexOf(this.get("step"));
     this.index = this.grew || place < 0 ? this.steps.length - 1 : place;
     this.grew = false;
@@ -452,6 +453,9 @@ class Dashboard {
     const wanted = this.get("step_scale");
     this.logSteps = (wanted === "auto" ? this.about.step_scale : wanted) === "log";
     this.positions = this.steps.map((step) => this.position(step));
+    this.slider.min = this.positions[0];
+    this.slider.max = this.positions[this.positions.length - 1];
+    this.slider.disabled = this.positions.length < 2;
     this.drawSpectrum();
     this.drawHeat();
     this.drawTrajectories();
@@ -699,9 +703,18 @@ class Dashboard {
 
   moveCursors() {
     this.cursors?.forEach((cursor) => cursor.move(this.positions[this.index]));
-    this.slider.value = this.index;
+    this.slider.value = this.positions[this.index];
     this.slider.setAttribute("aria-valuetext", `step ${this.steps[this.index]}`);
     this.label.textContent = `step ${count(this.steps[this.index])}`;
+  }
+
+  /** A key on the slider: by one checkpoint, by a tenth of them, or to an end. */
+  press(event) {
+    const last = this.steps.length - 1, tenth = Math.max(1, Math.round(last / 10));
+    const to = { ArrowLeft: this.index - 1, ArrowDown: this.index - 1, ArrowRight: this.index + 1, ArrowUp: this.index + 1, PageDown: this.index - tenth, PageUp: this.index + tenth, Home: 0, End: last }[event.key];
+    if (to === undefined) return;
+    event.preventDefault();
+    this.show(to);
   }
 
   followStep() {
