@@ -203,6 +203,12 @@ def test_values_that_stay_zero_are_left_out_and_said(tmp_path):
     assert figure.layout.xaxis.title.text == "rank (the other 20 of 40 stay zero)"
 
 
+@pytest.mark.parametrize("view, scale, other", EVERY)
+def test_edge_is_where_the_law_ends(folder, view, scale, other):
+    x, y = line(opened(folder, matrix="encoder.0.q", step=32, view=view, scale=scale, other_scale=other, lines=["law"]).figure("spectrum"), "edge")
+    np.testing.assert_allclose(y if view == "rank" else x, marchenko_pastur("encoder.0.q", 6)[1])
+
+
 def test_law_of_a_product_is_left_out_and_its_noise_is_of_products(tmp_path):
     from tformer_lab.spectra.decomposition import MatrixSpectrum
     from tformer_lab.spectra.history import SpectrumRecord
@@ -478,6 +484,10 @@ def test_matrix_of_zeros_is_shown(tmp_path):
     write_run(tmp_path / "runs" / "zero", {"W": np.zeros((3, 4)), "V": growing((4, 4), 3, 0)}, {"W": (4, 4), "V": (4, 4)}, range(3))
     dashboard = drawn(Dashboard(tmp_path / "runs", scale="linear", lines=["noise", "law", "fit"]), [panel for panel in PANELS if panel != "loss"])
     assert dashboard.matrix == "W" and (line(dashboard.figure(), "now")[1] == 0).all()
+    for view in VIEWS:
+        for scale in SCALES:
+            dashboard.view, dashboard.scale = view, scale
+            drawn(dashboard, ["spectrum", "heat", "trajectories"])
 
 
 def test_run_without_metrics_has_no_loss(tmp_path):

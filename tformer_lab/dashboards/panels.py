@@ -145,7 +145,7 @@ def law_line(
     view:str, scale:str, # As above
 ) -> Line:
     "The Marchenko-Pastur law"
-    if view == "density": return spread * noise.grid, noise.density * (noise.grid * LN10 if scale == "log" else 1 / spread)
+    if view == "density": return spread * noise.grid, noise.density * (noise.grid * LN10 if scale == "log" else 1 / spread if spread else np.nan)  # zeros have none
     n, at = len(noise.quantiles), places[places < len(noise.quantiles)]
     return (at + 1., spread * noise.quantiles[at]) if view == "rank" else (spread * noise.quantiles[at], (at + 1) / n)
 
