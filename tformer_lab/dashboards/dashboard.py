@@ -20,7 +20,7 @@ try:
     import traitlets
 except ImportError as error: raise ImportError("the dashboard needs anywidget: pip install 'tformer_lab[lab]'") from error
 
-from .export import PANELS, checked_path, module_text, page_text, panel_figure, panel_table, save_picture, style_text
+from .export import Scene, checked_path, module_text, page_text, panel_figure, panel_table, save_picture, style_text
 from .panels import ALIGNMENTS, DRAWS, GHOSTS, LAWS, SCALES, VIEWS, MatrixView, thinned
 from .views import Training, floats, grid_data, grid_view, matrix_data, matrix_view, other_data, panel_templates, run_data, training_of, whole
 from ..runs.store import Run, default_runs_dir, list_runs, shown
@@ -31,7 +31,7 @@ from ..storage import write_atomically
 
 # %% auto #0
 __all__ = ['LINES_AT_FIRST', 'STATE', 'COLUMNS', 'Shelf', 'training_name', 'State', 'Sent', 'runs_table', 'shuffle', 'error_text',
-           'said', 'Dashboard', 'shortened', 'thinner', 'source_text']
+           'said', 'TakeAway', 'Dashboard', 'shortened', 'thinner', 'source_text']
 
 # %% ../../nbs/dashboards/dashboard.ipynb #cf096ce2
 class Shelf:
@@ -170,7 +170,95 @@ def said(method):
     return call
 
 # %% ../../nbs/dashboards/dashboard.ipynb #929c7263
-class Dashboard(anywidget.AnyWidget, State, Sent):
+class TakeAway:
+    "What a dashboard gives besides being looked at"
+    @property
+    def state(self) -> dict[str, Any]:
+        "What is chosen, by mouse or otherwise"
+        return {name: getattr(self, name) for name in STATE}
+
+    def figure(self,
+        panel:str="spectrum", # "spectrum", "heat", "trajectories", "loss", "metric" or "grid"
+    ) -> go.Figure:
+        "A panel as it is shown now, as a plotly figure"
+        if self._training is None: raise ValueError(self.message or "no run is shown")
+        beside = [(name, *self._other(name)) for name in self.compare]
+        return panel_figure(panel, Scene(self._training, self._view(self._training, self.matrix), self.state, beside, self._shuffled_draws()))
+
+    def _shuffled_draws(self):
+        "The null of the matrix's own entries, where it was asked for and can be had"
+        if "shuffled" not in self.lines or self.step not in self._training.weights: return None
+        if (self.shuffled.get("run"), self.shuffled.get("matrix"), self.shuffled.get("step")) != (self.run, self.matrix, self.step): self._shuffle(self.step)
+        return np.frombuffer(self.shuffled["draws"], "<f4").reshape(DRAWS, -1).astype(float)
+
+    def data(self,
+        panel:str="spectrum",
+    ) -> pd.DataFrame: # line, x, y
+        "What is drawn in a panel, as a table"
+        return panel_table(self.figure(panel))
+
+    def _file(self, panel, suffix):
+        "What is saved is called, if nothing else is said"
+        return "-".join(re.sub(r"[^\w.-]+", "_", part) for part in (self.run, panel) if part) + suffix
+
+    def to_png(self,
+        path:str|Path|None=None, # RUN-PANEL.png if not given
+        panel:str="spectrum",
+        width:int=900, # Pixels, drawn at twice the resolution
+    ) -> Path:
+        "Save a panel as a picture"
+        return save_picture(self.figure(panel), checked_path(path or self._file(panel, ".png"), ".png"), width)
+
+    def to_svg(self,
+        path:str|Path|None=None, # RUN-PANEL.svg if not given
+        panel:str="spectrum",
+        width:int=900, # Pixels
+    ) -> Path:
+        "Save a panel as a drawing"
+        return save_picture(self.figure(panel), checked_path(path or self._file(panel, ".svg"), ".svg"), width)
+
+    def to_csv(self,
+        path:str|Path|None=None, # RUN-PANEL.csv if not given
+        panel:str="spectrum",
+    ) -> Path:
+        "Save what is drawn in a panel as a table"
+        path = checked_path(path or self._file(panel, ".csv"), ".csv")
+        write_atomically(path, self.data(panel).to_csv(index=False).encode())
+        return path
+
+    def to_html(self,
+        path:str|Path|None=None, # RUN.html if not given
+        matrices:list[str]|None=None, # None: all
+        checkpoints:int|None=None, # At most so many, evenly spread; None: all
+    ) -> Path:
+        "Write one file that scrubs without a kernel and without a network"
+        if self._training is None: raise ValueError(self.message or "no run is shown")
+        path = checked_path(path or self._file("", ".html"), ".html")
+        write_atomically(path, self._page(matrices, checkpoints).encode())
+        return path
+
+    def _page(self, matrices, checkpoints):
+        training = self._training if checkpoints is None else thinner(self._training, checkpoints)
+        names = list(matrices or training.history.matrices)
+        unknown = [name for name in names if name not in training.history.matrices]
+        if unknown: raise ValueError(f"there is no matrix {unknown[0]!r}; there are {shortened(training.history.matrices)}")
+        first = self.matrix if self.matrix in names else names[0]
+        steps = training.history.steps
+        shown = {name: self._shown(training, name) for name in names}
+        grid = grid_data(grid_view(training.history, self.color), len(steps)) if len(training.history.matrices) > 1 else {}
+        about = run_data(training) | {"matrices": names, "kept": whole([step for step in [self.shuffled.get("step")] if step in steps]), "status": "" if training.status == "done" else training.status}
+        step = int(steps[max(0, int(np.searchsorted(steps, self.step, "right")) - 1)])
+        state = self.state | {"matrix": first, "step": step, "live": False, "table": {}, "others": [], "code": self.code, "message": "", "polled": 0, "grid": grid, "about": about,
+                              "panels": self.panels, "shuffled": self.shuffled}
+        return page_text(state, shown, f"{self.run}: singular values over training")
+
+    def to_code(self) -> str:
+        "Python that shows this view again"
+        chosen = {name: value for name, value in self.state.items() if name in STATE[:3] or value != self.code["defaults"][name]}
+        return f"Dashboard({', '.join([self.code['source'], *(f'{name}={value!r}' for name, value in chosen.items())])})"
+
+# %% ../../nbs/dashboards/dashboard.ipynb #4b177c1d
+class Dashboard(anywidget.AnyWidget, State, Sent, TakeAway):
     "Scrub through the spectra of a folder of runs, of one run, or of anybody's checkpoints"
     _css = style_text()
 
@@ -304,95 +392,10 @@ class Dashboard(anywidget.AnyWidget, State, Sent):
         try:
             training = self._shelf.training(self.run)
             if training is self._training: return
-            if self._training is None: return self._open(None) if training.history.matrices else None
+            if self._training is None: return self._open({})
             self._training = training
             with self.hold_sync(): self._send_all()
         finally: self.set_trait("polled", self.polled + 1)
-
-    @property
-    def state(self) -> dict[str, Any]:
-        "What is chosen, by mouse or otherwise"
-        return {name: getattr(self, name) for name in STATE}
-
-    def figure(self,
-        panel:str="spectrum", # "spectrum", "heat", "trajectories", "loss", "metric" or "grid"
-    ) -> go.Figure:
-        "A panel as it is shown now, as a plotly figure"
-        if self._training is None: raise ValueError(self.message or "no run is shown")
-        beside = [(name, *self._other(name)) for name in self.compare]
-        return panel_figure(panel, self._training, self._view(self._training, self.matrix), self.state, beside, self._shuffled_draws())
-
-    def _shuffled_draws(self):
-        "The null of the matrix's own entries, where it was asked for and can be had"
-        if "shuffled" not in self.lines or self.step not in self._training.weights: return None
-        if (self.shuffled.get("run"), self.shuffled.get("matrix"), self.shuffled.get("step")) != (self.run, self.matrix, self.step): self._shuffle(self.step)
-        return np.frombuffer(self.shuffled["draws"], "<f4").reshape(DRAWS, -1).astype(float)
-
-    def data(self,
-        panel:str="spectrum",
-    ) -> pd.DataFrame: # line, x, y
-        "What is drawn in a panel, as a table"
-        return panel_table(self.figure(panel))
-
-    def _file(self, panel, suffix):
-        "What is saved is called, if nothing else is said"
-        return "-".join(re.sub(r"[^\w.-]+", "_", part) for part in (self.run, panel) if part) + suffix
-
-    def to_png(self,
-        path:str|Path|None=None, # RUN-PANEL.png if not given
-        panel:str="spectrum",
-        width:int=900, # Pixels, drawn at twice the resolution
-    ) -> Path:
-        "Save a panel as a picture"
-        return save_picture(self.figure(panel), checked_path(path or self._file(panel, ".png"), ".png"), width)
-
-    def to_svg(self,
-        path:str|Path|None=None, # RUN-PANEL.svg if not given
-        panel:str="spectrum",
-        width:int=900, # Pixels
-    ) -> Path:
-        "Save a panel as a drawing"
-        return save_picture(self.figure(panel), checked_path(path or self._file(panel, ".svg"), ".svg"), width)
-
-    def to_csv(self,
-        path:str|Path|None=None, # RUN-PANEL.csv if not given
-        panel:str="spectrum",
-    ) -> Path:
-        "Save what is drawn in a panel as a table"
-        path = checked_path(path or self._file(panel, ".csv"), ".csv")
-        write_atomically(path, self.data(panel).to_csv(index=False).encode())
-        return path
-
-    def to_html(self,
-        path:str|Path|None=None, # RUN.html if not given
-        matrices:list[str]|None=None, # None: all
-        checkpoints:int|None=None, # At most so many, evenly spread; None: all
-    ) -> Path:
-        "Write one file that scrubs without a kernel and without a network"
-        if self._training is None: raise ValueError(self.message or "no run is shown")
-        path = checked_path(path or self._file("", ".html"), ".html")
-        write_atomically(path, self._page(matrices, checkpoints).encode())
-        return path
-
-    def _page(self, matrices, checkpoints):
-        training = self._training if checkpoints is None else thinner(self._training, checkpoints)
-        names = list(matrices or training.history.matrices)
-        unknown = [name for name in names if name not in training.history.matrices]
-        if unknown: raise ValueError(f"there is no matrix {unknown[0]!r}; there are {shortened(training.history.matrices)}")
-        first = self.matrix if self.matrix in names else names[0]
-        steps = training.history.steps
-        shown = {name: self._shown(training, name) for name in names}
-        grid = grid_data(grid_view(training.history, self.color), len(steps)) if len(training.history.matrices) > 1 else {}
-        about = run_data(training) | {"matrices": names, "kept": whole([step for step in [self.shuffled.get("step")] if step in steps]), "status": "" if training.status == "done" else training.status}
-        step = int(steps[max(0, int(np.searchsorted(steps, self.step, "right")) - 1)])
-        state = self.state | {"matrix": first, "step": step, "live": False, "table": {}, "others": [], "code": self.code, "message": "", "polled": 0, "grid": grid, "about": about,
-                              "panels": self.panels, "shuffled": self.shuffled}
-        return page_text(state, shown, f"{self.run}: singular values over training")
-
-    def to_code(self) -> str:
-        "Python that shows this view again"
-        chosen = {name: value for name, value in self.state.items() if name in STATE[:3] or value != self.code["defaults"][name]}
-        return f"Dashboard({', '.join([self.code['source'], *(f'{name}={value!r}' for name, value in chosen.items())])})"
 
 # %% ../../nbs/dashboards/dashboard.ipynb #f4d89304
 def shortened(

@@ -9,6 +9,7 @@ import base64
 import gzip
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from html import escape, unescape
 from importlib.resources import files
 from pathlib import Path
@@ -19,13 +20,13 @@ import pandas as pd
 import plotly.graph_objects as go
 from plotly.offline import get_plotlyjs
 
-from .figures import StepAxis, curve_figure, curve_trace, heatmap_figure, step_axis
+from .figures import StepAxis, curve_figure, curve_trace, heatmap_figure
 from .panels import OTHERS, MatrixView, aligned, loss_at, metric_panel, spectrum_panel, trajectories_panel
-from .views import Training, grid_figure, grid_view, last_step, matrix_view, metric_limits
+from .views import Training, grid_figure, grid_view, last_step, metric_limits, step_axes
 from ..storage import write_atomically
 
 # %% auto #0
-__all__ = ['PAGE', 'PANELS', 'Beside', 'module_text', 'style_text', 'packed', 'squeezed', 'page_text', 'reached', 'panel_figure',
+__all__ = ['PAGE', 'PANELS', 'module_text', 'style_text', 'packed', 'squeezed', 'page_text', 'Scene', 'reached', 'panel_figure',
            'panel_table', 'checked_path', 'save_picture']
 
 # %% ../../nbs/dashboards/export.ipynb #27d4d4da
@@ -52,6 +53,7 @@ def squeezed(
     "Text as it stands in the page"
     return base64.b64encode(gzip.compress(text.encode(), 9, mtime=0)).decode()
 
+# %% ../../nbs/dashboards/export.ipynb #49d22a0c
 PAGE = """<!doctype html>
 <html lang="en">
 <meta charset="utf-8">
@@ -96,57 +98,90 @@ def page_text(
     return PAGE.format(title=escape(title), style=style_text(), code=squeezed(module_text()), data=squeezed(data))
 
 # %% ../../nbs/dashboards/export.ipynb #aabeb76b
-PANELS = ("spectrum", "heat", "trajectories", "loss", "metric", "grid")
-Beside = tuple[str, MatrixView, Training]  # What is compared: its name, its matrix, its run
+@dataclass(frozen=True)
+class Scene:
+    "What is shown of a run: a matrix at a step, and what it is compared with"
+    training:Training
+    view:MatrixView # The matrix
+    state:Mapping[str, Any] # step, view, scale, … as in a dashboard's state
+    beside:Sequence[tuple[str, MatrixView, Training]]=() # Other matrices: name, matrix, run
+    shuffled:np.ndarray|None=None # [draws, rank] the null of the matrix's own entries at this step
 
-def reached(training, steps):
+    @property
+    def index(self) -> int:
+        "The checkpoint's place"
+        return int(np.flatnonzero(self.training.history.steps == self.state["step"])[0])
+
+    @property
+    def axis(self) -> StepAxis:
+        "The axis of the steps, as it is chosen"
+        axes, _, suits = step_axes(self.training.history.steps, last_step(self.training))
+        return axes[suits if self.state["step_scale"] == "auto" else self.state["step_scale"]]
+
+    @property
+    def title(self) -> str:
+        "The run and the matrix"
+        return f"{escape(self.training.name)}: {escape(self.view.name)}"
+
+    def position_of(self, run:Training, steps:np.ndarray) -> np.ndarray:
+        "Steps of another run on this run's axis"
+        if self.state["align"] != "fraction": return steps
+        return np.round(steps * last_step(self.training) / max(last_step(run), 1)).astype(int)
+
+def reached(
+    training:Training,
+    steps:np.ndarray, # [checkpoints]
+) -> np.ndarray: # [checkpoints]; NaN where no loss was recorded
     "The least loss so far at some steps"
     return loss_at(steps, *next((r for name, r in training.records.items() if "loss" in name), (np.zeros(0, int), np.zeros(0))))
 
-def _axis(training, step_scale):
-    own = step_axis(training.history.steps)
-    if step_scale == "auto" or (step_scale == "log") == own.log: return own._replace(last=last_step(training))
-    last = last_step(training)
-    unit = next(m * 10**k for k in range(18) for m in (1, 2, 5) if last / (m * 10**k) <= 6)
-    ticks = [0, *(10**k for k in range(len(str(last))) if 10**k <= last)] if step_scale == "log" else list(range(0, last + 1, unit))
-    return StepAxis(step_scale == "log", ticks, last)
+# %% ../../nbs/dashboards/export.ipynb #7c37818a
+def _spectrum(scene):
+    steps, state = scene.training.history.steps, scene.state
+    others = []
+    for name, other, run in scene.beside:
+        at = aligned(steps, run.history.steps, state["align"], reached(scene.training, steps), reached(run, run.history.steps))
+        others.append((name, other, int(at[scene.index])))
+    return spectrum_panel(scene.view, scene.index, state["view"], state["scale"], state["other_scale"], state["lines"], scene.shuffled, others, f"{scene.title}, step {state['step']:,}")
+
+def _heat(scene):
+    return heatmap_figure(scene.view.values, scene.training.history.steps, scene.state["scale"] == "log", scene.axis, scene.training.unresolved, scene.title)
+
+def _trajectories(scene):
+    return trajectories_panel(scene.view.values, scene.training.history.steps, scene.state["scale"], scene.axis, scene.training.unresolved, scene.title)
+
+def _metric(scene):
+    name = scene.state["metric"]
+    others = [(label, scene.position_of(run, run.history.steps), other.metrics[name]) for label, other, run in scene.beside]
+    return metric_panel(scene.training.history.steps, scene.view.metrics[name], name, *metric_limits(scene.view, name), scene.axis, scene.training.unresolved, others, scene.title)
+
+def _loss(scene):
+    training, name = scene.training, scene.state["record"]
+    if not training.records: raise ValueError(f"{training.name} has recorded no metrics")
+    figure = curve_figure(*training.records[name], name, training.optimum, scene.axis, training.unresolved, escape(training.name))
+    for i, (label, _, run) in enumerate(scene.beside):
+        if run is training or name not in run.records: continue
+        steps, values = run.records[name]
+        figure.add_trace(curve_trace(scene.position_of(run, steps), values, scene.axis, label).update(line_color=OTHERS[i]))
+    return figure
+
+def _grid(scene):
+    grid = grid_view(scene.training.history, scene.state["color"])
+    at = max(0, int(np.searchsorted(grid.kept, scene.index, "right")) - 1)
+    title = {"text": f"{escape(scene.training.name)}, step {scene.state['step']:,}", "x": 0, "xref": "paper", "font": {"size": 14}}
+    return grid_figure(grid, at, scene.view.name).update_layout(title=title, margin_t=40)
+
+PANELS = {"spectrum": _spectrum, "heat": _heat, "trajectories": _trajectories, "loss": _loss, "metric": _metric, "grid": _grid}
 
 def panel_figure(
-    panel:str, # "spectrum", "heat", "trajectories", "loss", "metric" or "grid"
-    training:Training,
-    view:MatrixView, # The matrix that is shown
-    state:Mapping[str, Any], # step, view, scale, …
-    beside:Sequence[Beside]=(), # What it is compared with
-    shuffled:np.ndarray|None=None, # [draws, rank] the null of the matrix's own entries at this step
+    panel:str, # One of PANELS
+    scene:Scene,
 ) -> go.Figure:
-    "A panel at the step and with the choices of a state"
+    "A panel as it is shown"
     if panel not in PANELS: raise ValueError(f"there is no panel {panel!r}; there are {', '.join(PANELS)}")
-    steps, axis, title = training.history.steps, _axis(training, state["step_scale"]), f"{escape(training.name)}: {escape(view.name)}"
-    index = int(np.flatnonzero(steps == state["step"])[0])
-    if panel == "spectrum":
-        others = [(name, other, int(aligned(steps, run.history.steps, state["align"], reached(training, steps), reached(run, run.history.steps))[index])) for name, other, run in beside]
-        return spectrum_panel(view, index, state["view"], state["scale"], state["other_scale"], state["lines"], shuffled, others, f"{title}, step {state['step']:,}")
-    if panel == "heat": return heatmap_figure(view.values, steps, state["scale"] == "log", axis, training.unresolved, title)
-    if panel == "trajectories": return trajectories_panel(view.values, steps, state["scale"], axis, training.unresolved, title)
-    if panel == "metric":
-        name, limits = state["metric"], metric_limits(view, state["metric"])
-        others = [(label, _on_axis(run, training, state["align"], run.history.steps), other.metrics[name]) for label, other, run in beside]
-        return metric_panel(steps, view.metrics[name], name, *limits, axis, training.unresolved, others, title)
-    if panel == "loss":
-        if not training.records: raise ValueError(f"{training.name} has recorded no metrics")
-        figure = curve_figure(*training.records[state["record"]], state["record"], training.optimum, axis, training.unresolved, escape(training.name))
-        for i, (label, _, run) in enumerate(beside):
-            if run is training or state["record"] not in run.records: continue
-            steps, values = run.records[state["record"]]
-            figure.add_trace(curve_trace(_on_axis(run, training, state["align"], steps), values, axis, label).update(line_color=OTHERS[i]))
-        return figure
-    grid = grid_view(training.history, state["color"])
-    return grid_figure(grid, max(0, int(np.searchsorted(grid.kept, index, "right")) - 1), view.name).update_layout(title={"text": f"{escape(training.name)}, step {state['step']:,}", "x": 0, "xref": "paper", "font": {"size": 14}}, margin_t=40)
+    return PANELS[panel](scene)
 
-def _on_axis(run, training, align, steps):
-    "Steps of another run on this run's axis"
-    return np.round(steps * last_step(training) / max(last_step(run), 1)).astype(int) if align == "fraction" else steps
-
+# %% ../../nbs/dashboards/export.ipynb #5003df41
 def panel_table(
     figure:go.Figure, # A panel
 ) -> pd.DataFrame: # line, x, y; of a heat map step (its position on the axis), rank, value

@@ -138,6 +138,7 @@ def values_line(
     shown = visible(s, scale == "log")[places]
     return (places + 1., shown) if view == "rank" else (shown, (places + 1) / len(s))
 
+# %% ../../nbs/dashboards/panels.ipynb #b953580c
 def law_line(
     noise:Noise,
     places:np.ndarray, # [drawn]
@@ -161,6 +162,7 @@ def edge_line(
     if view == "rank": return np.array([1., places[-1] + 1.]), end
     return end, np.array([.5 / len(noise.quantiles), 1.] if view == "cumulative" else [top / 1000, top])
 
+# %% ../../nbs/dashboards/panels.ipynb #e2b8d6b8
 def band_line(
     draws:np.ndarray, # [draws, rank] singular values of a null, in the matrix's units
     places:np.ndarray, # [drawn]
@@ -175,6 +177,7 @@ def band_line(
     along, across = np.r_[at, at[back]].astype(float), np.r_[low, high[back]]
     return (along, across) if view == "rank" else (across, along)
 
+# %% ../../nbs/dashboards/panels.ipynb #7ddee34a
 def fit_line(
     alpha:float, xmin:float, n_tail:float, # The power law of the eigenvalues
     rank:int, # Singular values
@@ -242,6 +245,7 @@ def _spectrum_trace(name, label, color, dash, width, view):
     return go.Scatter(name=label, mode=mode, marker={"size": 4}, line={"color": color, "width": width, "dash": dash}, hovertemplate=hover + "<extra>%{fullData.name}</extra>",
                       hoverinfo="skip" if name == "noise" else None, **band)
 
+# %% ../../nbs/dashboards/panels.ipynb #86e51b99
 def spectrum_lines(
     matrix:MatrixView,
     index:int, # Of the checkpoint
@@ -257,6 +261,7 @@ def spectrum_lines(
             "law": law_line(matrix.noise, places, spread, view, scale), "edge": edge_line(matrix.noise, places, spread, view, scale), "first": line(0), "final": line(-1), "previous": line(max(index - 1, 0)),
             "fit": fit_line(tail["alpha"], tail["xmin"], tail["n_tail"], matrix.rank, view, scale), "now": line(index)}
 
+# %% ../../nbs/dashboards/panels.ipynb #c4b47fb9
 def spectrum_panel(
     matrix:MatrixView,
     index:int, # Of the checkpoint
@@ -304,6 +309,7 @@ def trajectories_panel(
     style(figure, 230, title).update_yaxes(**spectrum_axis(s[:, :leading], scale == "log"), title={"text": f"s<sub>1</sub> … s<sub>{leading}</sub>", "standoff": 6})
     return shade(figure.update_xaxes(**axis.layout()), axis, unresolved)
 
+# %% ../../nbs/dashboards/panels.ipynb #a76d4226
 def padded(
     values:np.ndarray,
 ) -> list[float]: # Low and high
@@ -350,6 +356,7 @@ def cell_places(
     height = 1 + max((row for row, _ in cells), default=0)
     return cells, [*roles, *[""] * (height - len(roles))], [*map(str, layers), *[""] * (width - len(layers))]
 
+# %% ../../nbs/dashboards/panels.ipynb #839821fe
 def cell_lines(
     s:np.ndarray, # [..., points] values of a matrix at some of its ranks, NaN where there are none
     low:float, high:float, # The range of log10 s that all cells share
@@ -366,6 +373,7 @@ def metric_colors(
     scale = np.clip((values - low) / ((high - low) or 1.), 0, 1)
     return [sample_colorscale(get_colorscale(HEAT), [v])[0] if np.isfinite(v) else "rgb(160,160,160)" for v in scale]
 
+# %% ../../nbs/dashboards/panels.ipynb #d3b034cc
 def grid_panel(
     names:Sequence[str],
     s:np.ndarray, # [matrices, points] of each matrix the values at some ranks

@@ -25,8 +25,8 @@ from ..spectra.tails import fit_tails
 
 # %% auto #0
 __all__ = ['SCALED', 'DRAWN_RECORDS', 'FITTED', 'GRID_NUMBERS', 'Training', 'training_of', 'matrix_view', 'metric_limits',
-           'floats', 'whole', 'template', 'last_step', 'run_data', 'matrix_data', 'panel_templates', 'other_data',
-           'GridView', 'grid_view', 'grid_figure', 'grid_data']
+           'floats', 'whole', 'template', 'step_axes', 'last_step', 'run_data', 'matrix_data', 'panel_templates',
+           'other_data', 'GridView', 'grid_view', 'grid_figure', 'grid_data']
 
 # %% ../../nbs/dashboards/views.ipynb #8400a70c
 @dataclass(frozen=True)
@@ -115,7 +115,11 @@ def template(
         for key in ("x", "y", "z", "customdata"): trace.pop(key, None)
     return {"data": plain["data"], "layout": {**plain["layout"], "template": None, "autosize": True}}
 
-def _axes(steps, last):
+# %% ../../nbs/dashboards/views.ipynb #c1966dbc
+def step_axes(
+    steps:np.ndarray, # [checkpoints]
+    last:int, # The last step of all
+) -> tuple[dict[str, StepAxis], dict[str, dict], str]: # By scale; the same for plotly; the scale that suits the steps
     "Both step axes, as plotly's settings, and which of them suits the steps"
     own = step_axis(steps)._replace(last=last)
     tens = [0, *(10**k for k in range(len(str(last))) if 10**k <= last)]
@@ -142,11 +146,12 @@ def run_data(
 ) -> dict[str, Any]: # JSON with binary buffers
     "What the page needs of a run, whichever matrix it shows"
     history = training.history
-    axes, layouts, suits = _axes(history.steps, last_step(training))
+    axes, layouts, suits = step_axes(history.steps, last_step(training))
     return {"run": training.name, "label": label or training.name, "steps": whole(history.steps), "last": last_step(training), "axes": layouts, "step_scale": suits,
             "records": [_record(training, name, axes["linear"]) for name in training.records], "unresolved": training.unresolved, "status": training.status, "error": training.error or "",
             "kept": whole(sorted(set(training.weights) & set(history.steps.tolist()))), "matrices": history.matrices}
 
+# %% ../../nbs/dashboards/views.ipynb #f11de2e9
 def _histograms(values, edges_of):
     return {scale: {"edges": floats(edges_of[scale]), "heights": floats(densities(values, edges_of[scale], scale))} for scale in SCALES}
 
@@ -170,6 +175,7 @@ def matrix_data(
                   "quantiles": floats(noise.quantiles[ranks]), "grid": floats(noise.grid), "density": floats(noise.density)},
         "axes": spectrum_axes(view)}
 
+# %% ../../nbs/dashboards/views.ipynb #bf19e5a4
 @lru_cache(maxsize=1)
 def panel_templates() -> dict[str, Any]: # JSON
     "All panels without numbers: the same for every matrix"
@@ -245,6 +251,7 @@ def grid_view(
     positive = lines[np.isfinite(lines) & (lines > 0)]
     return GridView(names, kept, lines, values, metric, _limits(np.log10(positive), .002), _limits(values, .01))
 
+# %% ../../nbs/dashboards/views.ipynb #63df3218
 def grid_figure(
     grid:GridView,
     at:int, # Place among those that are drawn
@@ -253,6 +260,7 @@ def grid_figure(
     "The small multiples at a checkpoint"
     return grid_panel(grid.names, grid.lines[at], grid.values[at], grid.metric, grid.value_limits, grid.metric_limits, chosen)
 
+# %% ../../nbs/dashboards/views.ipynb #8b9d2f4e
 def grid_data(
     grid:GridView,
     of:int, # Checkpoints there are
