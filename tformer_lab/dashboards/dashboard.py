@@ -147,7 +147,7 @@ def shuffle(
     step:int,
 ) -> dict[str, Any]: # JSON with binary buffers
     "The null of a matrix's own entries at a step whose weights were kept"
-    weights = weight_matrices(training.weights[step], include=view.name)
+    weights = weight_matrices(training.weights[step])
     if view.name not in weights: raise LookupError(f"the weights of step {step} have no matrix {view.name}")
     draws = permutation_nulls({view.name: weights[view.name]}, DRAWS)[view.name]
     places = view.places
@@ -290,7 +290,7 @@ class Dashboard(anywidget.AnyWidget, State, Sent, TakeAway):
 
     def _view(self, training, matrix):
         "A matrix as it is drawn; kept until the run grows"
-        key = training.name, matrix, len(training.history)
+        key = training.name, matrix
         if key not in self._views or self._views[key][0] is not training.history: self._views[key] = training.history, matrix_view(training.history, matrix)
         return self._views[key][1]
 
