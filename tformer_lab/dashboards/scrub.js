@@ -45,6 +45,12 @@ function fill(select, options, chosen) {
   select.value = chosen;
 }
 
+/** Text as Python's repr gives it. */
+function quoted(text) {
+  const mark = text.includes("'") && !text.includes('"') ? '"' : "'";
+  return mark + JSON.stringify(text).slice(1, -1).replaceAll('\\"', '"').replaceAll(mark, `\\${mark}`) + mark;
+}
+
 const number = (value, digits = 4) => (Number.isFinite(value) ? String(+value.toPrecision(digits)) : "–");
 const count = (value) => value.toLocaleString("en");
 
@@ -522,9 +528,9 @@ class Dashboard {
   }
 
   moveSpectrum() {
+    if (!this.get("fixed")) { this.drawSpectrum(); return; }  // an animation does not look for new ranges
     const lines = this.spectrumLines(true);
     Plotly.animate(this.panels.spectrum, { data: lines.map(({ x, y }) => ({ x, y })), traces: lines.map(({ trace }) => trace) }, AT_ONCE);
-    if (!this.get("fixed")) Plotly.relayout(this.panels.spectrum, { "xaxis.autorange": true, "yaxis.autorange": true });
   }
 
   showShuffled(draw = true) {
@@ -820,10 +826,11 @@ class Dashboard {
   /** The current view as Python. */
   codeText() {
     const { source, defaults } = this.get("code");
-    const python = (value) => (value === true ? "True" : value === false ? "False" : Array.isArray(value) ? `[${value.map(python).join(", ")}]` : typeof value === "number" ? String(value) : JSON.stringify(value));
+    const python = (value) => (value === true ? "True" : value === false ? "False" : Array.isArray(value) ? `[${value.map(python).join(", ")}]` : typeof value === "number" ? String(value) : quoted(value));
     const state = { run: this.get("run"), matrix: this.get("matrix"), step: this.steps[this.index] };
     for (const [name, value] of Object.entries(defaults)) if (JSON.stringify(this.get(name)) !== JSON.stringify(value)) state[name] = this.get(name);
-    return `Dashboard(${[source, ...Object.entries(state).map(([name, value]) => `${name}=${python(value)}`)].join(", ")})`;
+    const written = Object.entries(state).map(([name, value]) => `${name}=${python(value)}${name === "speed" && Number.isInteger(value) ? ".0" : ""}`);
+    return `Dashboard(${[source, ...written].join(", ")})`;
   }
 
   async copyCode() {
