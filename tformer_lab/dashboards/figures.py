@@ -73,9 +73,10 @@ def shade(
 ) -> go.Figure: # The same figure
     "Mark the steps at which rounding has taken over"
     if start is None: return figure
-    low, high = axis.position([start, axis.last])
+    origin, low, high = axis.position([0, start, axis.last])
+    wide = high - low > .15 * (high - origin)  # narrower, the word would be cut off
     return figure.add_shape(type="rect", x0=low, x1=high, y0=0, y1=1, yref="paper", layer="above", line_width=0, fillcolor="rgba(128,128,128,.22)",
-                            label={"text": "rounding", "textposition": "top center", "font": {"size": 11, "color": "#707070"}})
+                            label={"text": "rounding" if wide else "", "textposition": "top center", "font": {"size": 11, "color": "#707070"}})
 
 # %% ../../nbs/dashboards/figures.ipynb #351b0939
 def visible(

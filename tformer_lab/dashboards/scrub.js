@@ -303,7 +303,7 @@ class Dashboard {
       return () => this.model.off(event, handle);
     });
     for (const name of ["heat", "trajectories", "loss", "metric"]) this.on(this.panels[name], "click", (event) => this.goTo(this.panels[name], event));
-    this.resized = new ResizeObserver(() => this.body.hidden || Object.values(this.panels).forEach((p) => p.data && Plotly.Plots.resize(p)));
+    this.resized = new ResizeObserver(() => this.body.hidden || Object.values(this.panels).forEach((p) => p.data && p.offsetParent && Plotly.Plots.resize(p)));  // plotly refuses hidden ones
     this.resized.observe(this.body);
   }
 
@@ -450,8 +450,9 @@ class Dashboard {
   /** The step from which on rounding moves the weights, shaded. */
   shapes() {
     if (this.about.unresolved === null || this.about.unresolved === undefined) return [];
-    return [{ type: "rect", x0: this.position(this.about.unresolved), x1: this.position(this.about.last), y0: 0, y1: 1, yref: "paper", line: { width: 0 }, fillcolor: "rgba(128,128,128,.22)",
-      label: { text: "rounding", textposition: "top center", font: { size: 11 } } }];
+    const x0 = this.position(this.about.unresolved), x1 = this.position(this.about.last), wide = x1 - x0 > 0.15 * (x1 - this.position(0));
+    return [{ type: "rect", x0, x1, y0: 0, y1: 1, yref: "paper", line: { width: 0 }, fillcolor: "rgba(128,128,128,.22)",
+      label: { text: wide ? "rounding" : "", textposition: "top center", font: { size: 11 } } }];
   }
 
   drawAll() {
@@ -557,7 +558,7 @@ class Dashboard {
     const m = this.matrix, i = this.index, alpha = m.tail.alpha[i], percentile = m.tail.percentile[i];
     const word = percentile < 2.5 ? "heavier than noise" : percentile > 97.5 ? "lighter than noise" : "like noise";
     const tail = Number.isFinite(alpha) ? `tail of the eigenvalues: α = ${number(alpha, 3)} over ${m.tail.n_tail[i]} values from s = ${number(Math.sqrt(m.tail.xmin[i]), 3)} on, ${word} (percentile ${Math.round(percentile)} of random matrices)` : "no power law was fitted here";
-    const lines = this.get("lines"), missing = lines.includes("shuffled") && !this.shuffled ? (this.kept().has(this.steps[i]) ? " · shuffling…" : " · no weights were kept at this step to shuffle") : "";
+    const lines = this.get("lines"), missing = lines.includes("shuffled") && !this.shuffled ? (this.model.alone ? " · the shuffled values of this step are not in the page" : this.kept().has(this.steps[i]) ? " · shuffling…" : " · no weights were kept at this step to shuffle") : "";
     this.caption.textContent = `${m.matrix}, ${m.rows} × ${m.columns} · ${tail}${missing}`;
   }
 
@@ -589,7 +590,7 @@ class Dashboard {
   drawLoss() {
     const record = this.records[this.get("record")] || Object.values(this.records)[0];
     this.body.classList.toggle("scrub-no-loss", !record);
-    if (!record) { Plotly.purge(this.panels.loss); return; }
+    if (!record) return;  // not purged: a drawing may be on its way
     const { data, layout } = record.figure, ends = [this.position(0), this.position(this.about.last)];
     const main = { ...data[0], x: record.steps.map((s) => this.position(s)), y: record.values, customdata: record.steps, showlegend: false };
     const optima = data.slice(1).map((trace, j) => ({ ...trace, x: ends, y: [record.optima[j], record.optima[j]], showlegend: true }));
@@ -701,7 +702,7 @@ class Dashboard {
   }
 
   draw() {
-    if (this.shuffled) this.showShuffled(true);
+    if (this.shuffled || this.get("shuffled").step === this.steps[this.index]) this.showShuffled(true);
     else this.moveSpectrum();
     if (this.cells && this.cells.names.length <= MANY_CELLS) this.drawCells();
     this.showCaption();
@@ -856,6 +857,7 @@ class Page {
     this.values = { ...sent.state, shown: sent.shown[sent.state.matrix] };
     this.all = sent.shown;
     this.handlers = {};
+    this.alone = true;
   }
   get(name) { return this.values[name]; }
   set(name, value) {
