@@ -401,12 +401,13 @@ class Dashboard {
   // ---- a run, a matrix ------------------------------------------------------------------------------------------
 
   showAll() {
+    const before = this.about?.run;
     this.about = this.get("about");
     this.say(this.get("message"));
     this.cells = null;
     const atEnd = this.steps && this.index === this.steps.length - 1;
     this.steps = this.about.steps ? Array.from(whole(this.about.steps)) : [];
-    this.grew = atEnd && this.get("live");
+    this.grew = atEnd && this.get("live") && before === this.about.run;
     this.records = Object.fromEntries((this.about.records || []).map((r) => [r.name, { ...r, steps: Array.from(whole(r.steps)), values: Array.from(floats(r.values)) }]));
     if (this.steps.length) {
       fill(this.selects.matrix, this.about.matrices, this.get("matrix"));
@@ -432,6 +433,7 @@ class Dashboard {
     this.selects.align.querySelector('[value="loss"]').disabled = !this.others.every((other) => other.losses);
     const place = this.steps.indexOf(this.get("step"));
     this.index = this.grew || place < 0 ? this.steps.length - 1 : place;
+    if (this.grew) this.sendStep();  // before the other half of the change asks where to stand
     this.grew = false;
     this.showShuffled(false);
     this.drawAll();
