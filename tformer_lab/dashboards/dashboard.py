@@ -340,11 +340,12 @@ class Dashboard(anywidget.AnyWidget, State, Sent, TakeAway):
 
     def _shown(self, training, matrix, problems=None):
         "A matrix and those beside it, as the page gets them; what cannot be compared is left out, and why is added to the problems"
-        first, others = self._view(training, matrix), []
+        first, beside = self._view(training, matrix), {}
         for name in self.compare:
-            try: others.append(other_data(*self._other(name, matrix), first, training, name))
+            try: beside[name] = self._other(name, matrix)
             except (OSError, ValueError, LookupError) as error: (problems if problems is not None else []).append(error_text(error))
-        return {"main": matrix_data(first, training.history.steps), "others": others}
+        views = [view for view, _ in beside.values()]
+        return {"main": matrix_data(first, training.history.steps, views), "others": [other_data(view, run, first, training, name, views) for name, (view, run) in beside.items()]}
 
     def _send_matrix(self):
         problems = []

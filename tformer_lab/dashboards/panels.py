@@ -20,22 +20,30 @@ from ..spectra.random_matrix import MarchenkoPastur
 
 # %% auto #0
 __all__ = ['VIEWS', 'SCALES', 'BINS', 'DRAWS', 'LAW_POINTS', 'DRAWN_RANKS', 'LEADING', 'FIT_POINTS', 'LN10', 'TINY', 'Line',
-           'OTHERS', 'PINK', 'LINES', 'GHOSTS', 'LAWS', 'DRAWN_STEPS', 'CELL_POINTS', 'ALIGNMENTS', 'bin_edges',
-           'densities', 'outline', 'Noise', 'noise_of', 'thinned', 'drawn_places', 'MatrixView', 'values_line',
-           'law_line', 'edge_line', 'band_line', 'fit_line', 'spectrum_axes', 'spectrum_layout', 'spectrum_lines',
-           'spectrum_panel', 'shades', 'trajectories_panel', 'padded', 'metric_panel', 'cell_places', 'cell_lines',
-           'metric_colors', 'grid_panel', 'cell_trace', 'loss_at', 'aligned']
+           'OTHERS', 'PINK', 'LINES', 'GHOSTS', 'LAWS', 'DRAWN_STEPS', 'CELL_POINTS', 'ALIGNMENTS', 'joint_range',
+           'bin_edges', 'densities', 'outline', 'Noise', 'noise_of', 'thinned', 'drawn_places', 'MatrixView',
+           'values_line', 'law_line', 'edge_line', 'band_line', 'fit_line', 'spectrum_axes', 'spectrum_layout',
+           'spectrum_lines', 'spectrum_panel', 'shades', 'trajectories_panel', 'padded', 'metric_panel', 'cell_places',
+           'cell_lines', 'metric_colors', 'grid_panel', 'cell_trace', 'loss_at', 'aligned']
 
 # %% ../../nbs/dashboards/panels.ipynb #bd6cafb5
 VIEWS, SCALES = ("rank", "density", "cumulative"), ("log", "linear")
 BINS = 40
 
-def bin_edges(
-    s:np.ndarray, # [..., rank] singular values of a whole run
+def joint_range(
     scale:str, # "log" or "linear"
+    *spectra:np.ndarray, # [..., rank] singular values of whole runs
+) -> tuple[float, float]: # Powers of 10 on a logarithmic scale
+    "A range that holds several runs"
+    ranges = np.array([value_range(s, scale == "log") for s in spectra])
+    return float(ranges[:, 0].min()), float(ranges[:, 1].max())
+
+def bin_edges(
+    scale:str, # "log" or "linear"
+    *spectra:np.ndarray, # [..., rank] singular values of whole runs
 ) -> np.ndarray: # [BINS + 1] even in the logarithm on a logarithmic scale
-    "The bins of a histogram that hold a whole run"
-    low, high = value_range(s, scale == "log")
+    "The bins of a histogram that hold whole runs"
+    low, high = joint_range(scale, *spectra)
     return np.logspace(low, high, BINS + 1) if scale == "log" else np.linspace(0., high, BINS + 1)
 
 def densities(
@@ -206,14 +214,28 @@ def _rank_axis(view, scale, ranks):
 
 def _ticks(axis): return axis | log_ticks(*axis["range"]) if axis["type"] == "log" else axis
 
+def _value_axis(scale, low, high):
+    return {"range": [low, high], "autorange": False, **(log_ticks(low, high) if scale == "log" else {"type": "linear", "tickmode": "auto"})}
+
+def _law_top(matrix, scale):
+    "The law's greatest density over the run, but no more than three times that of the matrix would need"
+    spread = matrix.spread[matrix.spread > 0]
+    if not len(matrix.noise.grid) or not spread.size: return 0.
+    return float((matrix.noise.density * (matrix.noise.grid * LN10 if scale == "log" else 1 / spread.max())).max())
+
 def spectrum_axes(
     matrix:MatrixView,
-) -> dict[str, Any]: # "values", "leading", "rank" and "share" by scale, "density" by the scale of the values and its own
+    others:Sequence[MatrixView]=(), # What it is compared with
+) -> dict[str, Any]: # "values", "heat", "leading", "rank" and "share" by scale, "density" by the scale of the values and its own
     "All axes that the spectrum of a matrix is drawn on, fixed over the whole run"
-    ranks = int(matrix.places[-1]) + 1 if len(matrix.places) else 1
+    ranks = max([int(m.places[-1]) + 1 for m in (matrix, *others) if len(m.places)], default=1)
     by = {"log": "decade", "linear": "singular value"}
-    heights = {scale: densities(matrix.values, bin_edges(matrix.values, scale), scale) for scale in SCALES}
-    return {"values": {scale: spectrum_axis(matrix.values, scale == "log") for scale in SCALES}, "leading": {scale: spectrum_axis(matrix.values[:, :LEADING], scale == "log") for scale in SCALES},
+    spectra, heights = [m.values for m in (matrix, *others)], {}
+    for scale in SCALES:
+        edges = bin_edges(scale, *spectra)
+        found = np.concatenate([densities(s, edges, scale).ravel() for s in spectra])
+        heights[scale] = np.append(found, min(_law_top(matrix, scale), 3 * found.max(initial=0.)))
+    return {"values": {scale: _value_axis(scale, *joint_range(scale, *spectra)) for scale in SCALES}, "heat": {scale: list(value_range(matrix.values, scale == "log")) for scale in SCALES}, "leading": {scale: spectrum_axis(matrix.values[:, :LEADING], scale == "log") for scale in SCALES},
             "rank": {scale: _ticks(_rank_axis(matrix, scale, ranks)) for scale in SCALES}, "share": {scale: _ticks(_share_axis(matrix.rank, scale)) for scale in SCALES},
             "density": {scale: {other: _ticks(_density_axis(heights[scale], other, by[scale])) for other in SCALES} for scale in SCALES}}
 
@@ -251,9 +273,10 @@ def spectrum_lines(
     index:int, # Of the checkpoint
     view:str="rank", scale:str="log", # As above
     shuffled:np.ndarray|None=None, # [draws, rank] the null of the matrix's own entries at this checkpoint
+    others:Sequence[MatrixView]=(), # What it is compared with, in the same bins
 ) -> dict[str, Line]: # By name in LINES
     "All lines that belong to one matrix at a checkpoint"
-    edges, places = bin_edges(matrix.values, scale), matrix.places
+    edges, places = bin_edges(scale, matrix.values, *(m.values for m in others)), matrix.places
     line = lambda i: values_line(matrix.values[i], places, view, scale, edges)
     spread, tail = float(matrix.spread[index]), {name: float(column[index]) for name, column in matrix.tails.items()}
     empty = (np.zeros(0), np.zeros(0))
@@ -272,15 +295,16 @@ def spectrum_panel(
     title:str|None=None,
 ) -> go.Figure:
     "A spectrum at one checkpoint beside its ghosts, its null and its laws"
-    figure = go.Figure()
-    for name, (x, y) in spectrum_lines(matrix, index, view, scale, shuffled).items():
+    figure, beside = go.Figure(), [other for _, other, _ in others]
+    edges = bin_edges(scale, matrix.values, *(other.values for other in beside))
+    for name, (x, y) in spectrum_lines(matrix, index, view, scale, shuffled, beside).items():
         wanted = (LINES if name == "now" else shown) if name != "edge" else ("edge",) * ("law" in shown)
         figure.add_trace(_spectrum_trace(name, *LINES[name], view).update(x=x, y=y, visible=name in wanted and len(x) > 0))
     for i, (label, other, at) in enumerate(others):
-        x, y = values_line(other.values[at], other.places, view, scale, bin_edges(matrix.values, scale))
+        x, y = values_line(other.values[at], other.places, view, scale, edges)
         figure.add_trace(_spectrum_trace("other", escape(label), OTHERS[i], "solid", 1.6, view).update(x=x, y=y))
     style(figure, 470, title).update_layout(legend={"x": 0, "xanchor": "left", "y": 1.01, "itemclick": False, "itemdoubleclick": False}, margin_t=62 if title else 46)
-    return figure.update_layout(**spectrum_layout(spectrum_axes(matrix), view, scale, other_scale))
+    return figure.update_layout(**spectrum_layout(spectrum_axes(matrix, beside), view, scale, other_scale))
 
 # %% ../../nbs/dashboards/panels.ipynb #9fa36a63
 DRAWN_STEPS = 1000

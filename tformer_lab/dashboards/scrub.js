@@ -567,7 +567,7 @@ class Dashboard {
   // ---- over training --------------------------------------------------------------------------------------------
 
   drawHeat() {
-    const scale = this.get("scale"), { data, layout } = this.get("panels").heat[scale], log = scale === "log", m = this.matrix, [zmin, zmax] = m.axes.values[scale].range;
+    const scale = this.get("scale"), { data, layout } = this.get("panels").heat[scale], log = scale === "log", m = this.matrix, [zmin, zmax] = m.axes.heat[scale];
     const rows = m.kept.map((t) => m.row(t, log));
     const z = m.ranks.map((_, k) => rows.map((row) => (log ? Math.log10(row[k]) : row[k])));
     const steps = m.kept.map((t) => this.steps[t]);

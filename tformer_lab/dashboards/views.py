@@ -163,9 +163,10 @@ def _points(view, edges_of):
 def matrix_data(
     view:MatrixView,
     steps:np.ndarray, # [checkpoints]
+    others:Sequence[MatrixView]=(), # What it is compared with: on the same axes, in the same bins
 ) -> dict[str, Any]: # JSON with binary buffers
     "What the page needs of one matrix"
-    edges_of = {scale: bin_edges(view.values, scale) for scale in SCALES}
+    edges_of = {scale: bin_edges(scale, view.values, *(m.values for m in others)) for scale in SCALES}
     noise, places = view.noise, view.places
     kept, ranks = thinned(len(steps), DRAWN_STEPS), places[places < len(noise.quantiles)]
     return _points(view, edges_of) | {
@@ -173,7 +174,7 @@ def matrix_data(
         "bands": {name: list(limits) for name, limits in view.bands.items() if np.isfinite(limits).all()}, "scaled": list(SCALED), "kept": whole(kept), "of": len(steps),
         "noise": {"draws": floats(noise.draws), "low": floats(noise.draws.min(0)[places]), "high": floats(noise.draws.max(0)[places]),
                   "quantiles": floats(noise.quantiles[ranks]), "grid": floats(noise.grid), "density": floats(noise.density)},
-        "axes": spectrum_axes(view)}
+        "axes": spectrum_axes(view, others)}
 
 # %% ../../nbs/dashboards/views.ipynb #bf19e5a4
 @lru_cache(maxsize=1)
@@ -199,13 +200,14 @@ def other_data(
     first:MatrixView,
     first_training:Training,
     label:str,
+    others:Sequence[MatrixView], # All that the first is compared with
 ) -> dict[str, Any]: # JSON with binary buffers
     "What the page needs of a matrix that another is compared with"
     steps, other = first_training.history.steps, training.history.steps
     reached = lambda t, at: loss_at(at, *next((r for name, r in t.records.items() if "loss" in name), (np.zeros(0, int), np.zeros(0))))
     losses = reached(first_training, steps), reached(training, other)
     at = {by: whole(aligned(steps, other, by, *losses)) for by in ALIGNMENTS}
-    edges_of = {scale: bin_edges(first.values, scale) for scale in SCALES}
+    edges_of = {scale: bin_edges(scale, first.values, *(m.values for m in others)) for scale in SCALES}
     return _points(view, edges_of) | {"label": label, "steps": whole(other), "last": last_step(training), "at": at, "matrix": view.name,
                                       "losses": bool(np.isfinite(losses[0]).any() and np.isfinite(losses[1]).any()), "records": _curves(training) if training is not first_training else {}}
 
