@@ -4,6 +4,7 @@ import multiprocessing
 import os
 import re
 import shutil
+import socket
 import subprocess
 import sys
 import time
@@ -108,40 +109,28 @@ def chromium():
         browser.close()
 
 
-class Lab:
-    """A JupyterLab over a copy of the notebooks, with settings that keep its own news out of the way."""
-    def __init__(self, folder, runs, dark=False):
-        self.folder = folder
+class Server:
+    """A server of notebooks as a process of its own, over a copy of the notebooks and a folder of runs."""
+    def __init__(self, folder, runs, command):
+        self.folder, self.log = folder, open(folder / "server.log", "w+")
         shutil.copytree(TOP / "nbs", folder / "nbs", ignore=shutil.ignore_patterns(".ipynb_checkpoints"))
-        settings = folder / "settings/@jupyterlab/apputils-extension"
-        settings.mkdir(parents=True)
-        (settings / "notification.jupyterlab-settings").write_text(json.dumps({"fetchNews": "false", "checkForUpdates": False}))
-        (settings / "themes.jupyterlab-settings").write_text(json.dumps({"theme": "JupyterLab Dark" if dark else "JupyterLab Light"}))
         env = {**os.environ, "TFORMER_RUNS": str(runs), "JUPYTERLAB_SETTINGS_DIR": str(folder / "settings"), "JUPYTER_CONFIG_DIR": str(folder / "config"),
                "JUPYTERLAB_WORKSPACES_DIR": str(folder / "workspaces"), "JUPYTER_RUNTIME_DIR": str(folder / "runtime"), "IPYTHONDIR": str(folder / "ipython")}
-        self.log = open(folder / "lab.log", "w+")
-        root = ["--allow-root"] if hasattr(os, "geteuid") and os.geteuid() == 0 else []
-        self.process = subprocess.Popen([sys.executable, "-m", "jupyter", "lab", "--no-browser", "--ip=127.0.0.1", "--port=0", "--IdentityProvider.token=test",
-                                         "--ServerApp.password=", *root], cwd=folder, env=env, stdout=self.log, stderr=subprocess.STDOUT)
-        self.url = self._wait_for_url()
+        self.process = subprocess.Popen([sys.executable, "-m", *command], cwd=folder, env=env, stdout=self.log, stderr=subprocess.STDOUT)
 
-    def _wait_for_url(self):
+    def wait_for(self, ready):
+        """What `ready` returns as soon as it is something; an error with the server's own words if it ends before."""
         for _ in range(300):
-            time.sleep(.2)
-            found = re.search(r"http://127\.0\.0\.1:\d+", Path(self.log.name).read_text())
-            if found: return found[0]
+            if (found := ready()): return found
             if self.process.poll() is not None: break
-        raise RuntimeError("JupyterLab did not start:\n" + Path(self.log.name).read_text())
+            time.sleep(.2)
+        raise RuntimeError("the server did not start:\n" + self.said())
 
-    def open(self, browser, notebook, width=1400, height=1000, dark=False):
-        """Open a notebook and run all its cells."""
-        page = browser.new_page(viewport={"width": width, "height": height}, color_scheme="dark" if dark else "light")
-        page.goto(f"{self.url}/lab/tree/nbs/{notebook}?reset&token=test")
-        page.wait_for_selector(".jp-Notebook .jp-Cell", timeout=60_000)
-        page.wait_for_function("document.querySelector('#jp-main-statusbar')?.innerText.includes('| Idle')", timeout=60_000)  # earlier, a run asks for a kernel
-        page.get_by_role("menuitem", name="Run", exact=True).click()
-        page.get_by_role("menuitem", name="Run All Cells", exact=True).click()
-        return page
+    def said(self): return Path(self.log.name).read_text()
+
+    def kernels(self):
+        """The connection files of its kernels."""
+        return set(self.folder.glob("runtime/kernel-*.json"))
 
     def close(self):
         self.process.terminate()
@@ -150,9 +139,63 @@ class Lab:
         self.log.close()
 
 
-@pytest.fixture(scope="module")
-def lab(small_run, tmp_path_factory):
-    """JupyterLab over the notebooks and the small run."""
-    lab = Lab(tmp_path_factory.mktemp("lab"), small_run.path.parent)
-    yield lab
-    lab.close()
+class Lab(Server):
+    """A JupyterLab with settings that keep its own news out of the way."""
+    def __init__(self, folder, runs, dark=False):
+        settings = folder / "settings/@jupyterlab/apputils-extension"
+        settings.mkdir(parents=True)
+        (settings / "notification.jupyterlab-settings").write_text(json.dumps({"fetchNews": "false", "checkForUpdates": False}))
+        (settings / "themes.jupyterlab-settings").write_text(json.dumps({"theme": "JupyterLab Dark" if dark else "JupyterLab Light"}))
+        root = ["--allow-root"] if hasattr(os, "geteuid") and os.geteuid() == 0 else []
+        super().__init__(folder, runs, ["jupyter", "lab", "--no-browser", "--ip=127.0.0.1", "--port=0", "--IdentityProvider.token=test", "--ServerApp.password=", *root])
+        self.url = self.wait_for(lambda: re.search(r"http://127\.0\.0\.1:\d+", self.said()))[0]
+
+    def open(self, browser, notebook, width=1400, height=1000, dark=False, run=True):
+        """Open a notebook, and run all its cells."""
+        page = browser.new_page(viewport={"width": width, "height": height}, color_scheme="dark" if dark else "light")
+        page.goto(f"{self.url}/lab/tree/nbs/{notebook}?reset&token=test")
+        page.wait_for_selector(".jp-Notebook .jp-Cell", timeout=60_000)
+        page.wait_for_function("document.querySelector('#jp-main-statusbar')?.innerText.includes('| Idle')", timeout=60_000)  # earlier, a run asks for a kernel
+        if not run: return page
+        page.get_by_role("menuitem", name="Run", exact=True).click()
+        page.get_by_role("menuitem", name="Run All Cells", exact=True).click()
+        return page
+
+
+class Voila(Server):
+    """A notebook as a page for colleagues."""
+    def __init__(self, folder, runs, notebook):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        super().__init__(folder, runs, ["voila", f"nbs/{notebook}", "--no-browser", f"--port={port}", "--Voila.ip=127.0.0.1"])
+        self.url = f"http://127.0.0.1:{port}"
+        self.wait_for(lambda: self._answers(port))
+
+    def _answers(self, port):
+        with socket.socket() as asking: return asking.connect_ex(("127.0.0.1", port)) == 0
+
+
+class Kernel:
+    """The kernel behind an open notebook, asked past its page."""
+    def __init__(self, connection_file):
+        from jupyter_client import BlockingKernelClient
+        self.client = BlockingKernelClient(connection_file=str(connection_file))
+        self.client.load_connection_file()
+        self.client.start_channels()
+        self.client.wait_for_ready(timeout=30)
+
+    def run(self, code):
+        """What it printed; an error in it is raised."""
+        said = []
+        def hear(message):
+            if message["msg_type"] == "stream": said.append(message["content"]["text"])
+        reply = self.client.execute_interactive(code, store_history=False, timeout=60, output_hook=hear)["content"]
+        if reply["status"] != "ok": raise RuntimeError(f"{reply['ename']}: {reply['evalue']}")
+        return "".join(said)
+
+    def start(self, code):
+        """Run code without waiting for its end."""
+        self.client.execute(code, store_history=False)
+
+    def close(self): self.client.stop_channels()
