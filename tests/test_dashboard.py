@@ -35,7 +35,7 @@ def folder(tmp_path_factory):
     """Two runs: four matrices with weights at two steps; and a shorter one, of other steps, that lacks two of the matrices."""
     folder = tmp_path_factory.mktemp("dashboard") / "runs"
     other = {name: growing(SHAPES[name], 7, seed + 10) for seed, name in enumerate(["encoder.0.q", "encoder.1.q"])}
-    write_run(folder / "other", other, SHAPES, [0, 3, 6, 50, 100, 140, 180], [5., 3.5, 2.8, 2.4, 1.8, 1.5, 1.4])
+    write_run(folder / "other", other, SHAPES, [0, 3, 6, 50, 100, 140, 180], [5., 3.5, 2.55, 2.4, 1.8, 1.5, 1.4])
     write_run(folder / "mine", SPECTRA, SHAPES, STEPS, LOSSES, weights=(8, 256))
     return folder
 
@@ -317,6 +317,7 @@ def test_page_is_sent_the_stored_values(folder):
             np.testing.assert_allclose(heights, [histogram(row, bins_of(name, scale), scale) for row in s], rtol=1e-6)
     about = dashboard.about
     assert np.frombuffer(about["steps"], "<i4").tolist() == STEPS.tolist() and about["matrices"] == list(SHAPES) and about["status"] == "done"
+    assert [(record["name"], record["optima"]) for record in about["records"]] == [("train/loss", [1.2])]
     assert np.frombuffer(about["kept"], "<i4").tolist() == [8, 256]
     assert [row["run"] for row in dashboard.table["rows"]] in (["mine", "other"], ["other", "mine"])
 
@@ -561,7 +562,7 @@ def test_names_are_text_and_never_html(tmp_path):
 
 def counterpart(by, index):
     """The checkpoint of the other run that belongs to one of this run."""
-    steps, losses = [0, 3, 6, 50, 100, 140, 180], [5., 3.5, 2.8, 2.4, 1.8, 1.5, 1.4]
+    steps, losses = [0, 3, 6, 50, 100, 140, 180], [5., 3.5, 2.55, 2.4, 1.8, 1.5, 1.4]
     if by == "step": return max(i for i, step in enumerate(steps) if step <= STEPS[index])
     if by == "fraction": return min(i for i, step in enumerate(steps) if step / 180 >= STEPS[index] / 256)
     best = np.nanmin(LOSSES[:index + 1])
@@ -652,7 +653,9 @@ def test_growing_run_is_followed_and_only_what_is_new_is_read_and_sent(growing_r
     assert dashboard.live and dashboard.about["status"] == "running"
     read_one = SpectraFolder.__getitem__
     monkeypatch.setattr(SpectraFolder, "__getitem__", lambda self, step: read.append(step) or read_one(self, step))
-    assert poll(dashboard) == set() and poll(dashboard) == set() and read == []
+    made, make = [], dashboard_module.matrix_data
+    monkeypatch.setattr(dashboard_module, "matrix_data", lambda *given: made.append(1) or make(*given))
+    assert poll(dashboard) == set() and poll(dashboard) == set() and read == made == []
     add(3)
     add(4)
     assert poll(dashboard) == {"about", "shown", "grid"} and sorted(read) == [30, 40]
