@@ -657,7 +657,7 @@ def test_every_state_is_drawn_inside_its_column_in_light_and_dark(page, kernel):
         for theme in ("Light", "Dark"):
             choose_theme(page, theme)
             for width in (1400, 900):
-                page.set_viewport_size({"width": width, "height": 1600 if width > 1000 else 2700})
+                page.set_viewport_size({"width": width, "height": 1900 if width > 1000 else 2700})
                 page.wait_for_timeout(400)
                 for name, state in STATES.items():
                     put(page, kernel, **{**OPENED, **state})
