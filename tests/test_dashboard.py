@@ -658,7 +658,7 @@ def test_growing_run_is_followed_and_only_what_is_new_is_read_and_sent(growing_r
     assert poll(dashboard) == set() and poll(dashboard) == set() and read == made == []
     add(3)
     add(4)
-    assert poll(dashboard) == {"about", "shown", "grid"} and sorted(read) == [30, 40]
+    assert poll(dashboard) == {"about", "shown", "grid", "table"} and sorted(read) == [30, 40]
     assert np.frombuffer(dashboard.about["steps"], "<i4").tolist() == [0, 10, 20, 30, 40] and dashboard.step == 20
     np.testing.assert_array_equal(np.frombuffer(dashboard.shown["main"]["values"], "<f4").reshape(5, 6), growing((6, 8), 10, 0)[:5].astype(np.float32))
     dashboard.step = 40
@@ -803,3 +803,14 @@ def test_wrong_paths_are_refused(folder, tmp_path):
         with pytest.raises(ValueError, match=re.escape(right)): save(tmp_path / wrong)
         with pytest.raises(FileNotFoundError, match="there is no folder"): save(tmp_path / "nowhere" / f"page{right}")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_new_runs_are_listed_when_the_page_asks(tmp_path):
+    (tmp_path / "runs").mkdir()
+    dashboard = Dashboard(tmp_path / "runs")
+    assert "no runs" in dashboard.message and dashboard.table["rows"] == []
+    writer = write_run(tmp_path / "runs" / "late", {}, {}, [], ends=None)
+    add_checkpoint(writer, 0, {"W": growing((5, 6), 1, 0)[0]}, {"W": (5, 6)}, 3.)
+    writer.close()
+    dashboard._told(None, {"do": "list"}, [])
+    assert [row["run"] for row in dashboard.table["rows"]] == ["late"] and (dashboard.run, dashboard.matrix, dashboard.message) == ("late", "W", "")

@@ -275,7 +275,7 @@ class Dashboard(anywidget.AnyWidget, State, Sent, TakeAway):
         needs_run = ("record", "metric", "color", "compare", "live")
         super().__init__(_esm=module_text(), **{name: value for name, value in state.items() if name not in needs_run})
         self.set_trait("code", {"source": source_text(source, self._shelf), "defaults": {name: State.class_traits()[name].default() for name in STATE[3:]}})
-        self.set_trait("table", runs_table(self._shelf.table()) if self._shelf.folder else {})
+        self._list()
         self.on_msg(self._told)
         names = self._shelf.names()
         wanted = run or next((name for name in names if self._shelf.has_spectra(name)), "")
@@ -284,9 +284,11 @@ class Dashboard(anywidget.AnyWidget, State, Sent, TakeAway):
             self.run = wanted
             for name, value in {"matrix": matrix, "step": step, **{name: state[name] for name in needs_run if name in state}}.items():
                 if value is not None: setattr(self, name, value)
-            if "live" not in state: self.live = self.about.get("status") == "running"
 
     def _say(self, text): self.set_trait("message", text)
+
+    def _list(self):
+        self.set_trait("table", runs_table(self._shelf.table()) if self._shelf.folder else {})
 
     def _view(self, training, matrix):
         "A matrix as it is drawn; kept until the run grows"
@@ -322,6 +324,7 @@ class Dashboard(anywidget.AnyWidget, State, Sent, TakeAway):
             training = self._shelf.training(self.run)
             names = training.history.matrices
             self.set_trait("about", {"status": training.status, "error": training.error or "", "run": training.name})
+            self.live = training.status == "running"
             if not names: return self._say(f"{self.run} has recorded no spectra" + (f": {training.error}" if training.error else " yet."))
             self._training = training
             self.set_trait("others", [name for name in names if len(names) > 1] + [name for name in self._shelf.names() if name != self.run and self._shelf.has_spectra(name)])
@@ -383,6 +386,9 @@ class Dashboard(anywidget.AnyWidget, State, Sent, TakeAway):
         "The page asks for something that only Python can give"
         if content.get("do") == "shuffle": self._shuffle(content.get("step"))
         if content.get("do") == "poll": self._poll()
+        if content.get("do") == "list":
+            self._list()
+            if not self.run: self.run = next((name for name in self._shelf.names() if self._shelf.has_spectra(name)), "")
 
     def _shuffle(self, step):
         if self._training is None or step not in self._training.weights: return
@@ -393,6 +399,7 @@ class Dashboard(anywidget.AnyWidget, State, Sent, TakeAway):
         try:
             training = self._shelf.training(self.run)
             if training is self._training: return
+            self._list()
             if self._training is None: return self._open({})
             self._training = training
             with self.hold_sync(): self._send_all()

@@ -151,9 +151,10 @@ def _trajectories(scene):
     return trajectories_panel(scene.view.values, scene.training.history.steps, scene.state["scale"], scene.axis, scene.training.unresolved, scene.title)
 
 def _metric(scene):
-    name = scene.state["metric"]
+    name, limits = scene.state["metric"], metric_limits(scene.view, scene.state["metric"])
+    if "noise" not in scene.state["lines"]: limits = [np.full_like(limit, np.nan) for limit in limits]
     others = [(label, scene.position_of(run, run.history.steps), other.metrics[name]) for label, other, run in scene.beside]
-    return metric_panel(scene.training.history.steps, scene.view.metrics[name], name, *metric_limits(scene.view, name), scene.axis, scene.training.unresolved, others, scene.title)
+    return metric_panel(scene.training.history.steps, scene.view.metrics[name], name, *limits, scene.axis, scene.training.unresolved, others, scene.title)
 
 def _loss(scene):
     training, name = scene.training, scene.state["record"]

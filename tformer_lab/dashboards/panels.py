@@ -254,7 +254,7 @@ def spectrum_layout(
 OTHERS = ("#009E73", "#AA4499", "#999933")
 PINK = COLORS["cursor"]
 LINES = {  # name in the legend, colour, dashes, width
-    "noise": ("noise, 95%", "rgba(128,128,128,.30)", "solid", 0), "shuffled": ("shuffled, 95%", "rgba(128,128,128,.9)", "dot", 1.2),
+    "noise": ("noise, 95%", "rgba(128,128,128,.30)", "solid", 0), "shuffled": ("shuffled, 95%", "rgba(128,128,128,.9)", "solid", 1.2),
     "law": ("Marchenko–Pastur", COLORS["optimum"], "solid", 1.6), "edge": ("edge of the law", COLORS["optimum"], "dot", 1.), "first": ("first", COLORS["first"], "dot", 1.5), "final": ("final", "#56B4E9", "dashdot", 1.5),
     "previous": ("previous", COLORS["previous"], "dot", 1.5), "fit": ("power law", COLORS["optimum"], "dash", 2.2), "now": ("now", COLORS["now"], "solid", 2)}
 GHOSTS, LAWS = ("first", "previous", "final"), ("noise", "law", "fit", "shuffled")

@@ -220,7 +220,8 @@ class Dashboard {
     this.root.classList.add("scrub");
     this.search = element("input", { type: "search", placeholder: "search runs", "aria-label": "search runs" });
     this.runs = element("table", { class: "scrub-runs" });
-    this.table = element("details", { class: "scrub-table", open: "" }, element("summary", {}, "Runs"), this.search, element("div", { class: "scrub-rows" }, this.runs));
+    this.anew = button("look again", "look for new runs");
+    this.table = element("details", { class: "scrub-table", open: "" }, element("summary", {}, "Runs"), this.search, this.anew, element("div", { class: "scrub-rows" }, this.runs));
     this.selects = { matrix: element("select"), record: element("select", { "aria-label": "recorded metric" }), metric: element("select", { "aria-label": "metric of the spectrum" }), color: element("select"), align: element("select") };
     for (const name of Object.keys(CHOICES)) this.selects[name] = element("select");
     for (const [name, [, options]] of Object.entries(CHOICES)) fill(this.selects[name], options, "");
@@ -290,6 +291,7 @@ class Dashboard {
     this.on(this.speed, "change", () => { this.send("speed", +this.speed.value); if (this.timer) { this.pause(); this.start(); } });
     this.on(this.jump, "keydown", (event) => { if (event.key === "Enter") { event.stopPropagation(); this.jumpToLoss(this.jump.value); } });
     this.on(this.search, "input", () => this.showTable());
+    this.on(this.anew, "click", () => this.model.send({ do: "list" }));
     this.on(this.code, "click", () => this.copyCode());
     const react = {
       table: () => this.showTable(), about: () => this.showAll(), shown: () => this.showMatrix(), grid: () => this.showGrid(), shuffled: () => this.showShuffled(), message: () => this.say(this.get("message")),
@@ -369,7 +371,7 @@ class Dashboard {
 
   showTable() {
     const { columns = [], rows = [] } = this.get("table");
-    this.table.hidden = !rows.length;
+    this.table.hidden = !this.get("table").columns;
     const words = this.search.value.toLowerCase().split(/\s+/).filter(Boolean);
     const text = (value) => (value === null || value === undefined ? "" : typeof value === "number" ? (Number.isInteger(value) ? count(value) : number(value)) : String(value));
     const found = rows.filter((row) => words.every((word) => columns.some(([name]) => text(row[name]).toLowerCase().includes(word))));
@@ -572,7 +574,8 @@ class Dashboard {
     const z = m.ranks.map((_, k) => rows.map((row) => (log ? Math.log10(row[k]) : row[k])));
     const steps = m.kept.map((t) => this.steps[t]);
     const trace = { ...data[0], x: steps.map((s) => this.position(s)), y: m.ranks, z, zmin, zmax,
-      hovertemplate: `rank %{y}: ${log ? "10^%{z:.2f}" : "%{z:.4g}"}<extra></extra>` };
+      customdata: m.drawn * steps.length < 20000 ? m.ranks.map(() => steps) : undefined,
+      hovertemplate: `${m.drawn * steps.length < 20000 ? "step %{customdata}, " : ""}rank %{y}: ${log ? "10^%{z:.2f}" : "%{z:.4g}"}<extra></extra>` };
     Plotly.react(this.panels.heat, [trace], this.layout(layout, { xaxis: { ...layout.xaxis, ...this.stepAxis() }, yaxis: { ...layout.yaxis, range: [m.ranks[m.drawn - 1] + 0.5, 0.5] }, shapes: this.shapes() }), CONFIG);
     this.note("heat", this.thinning(m.kept.length, m.of));
   }
