@@ -393,10 +393,12 @@ if __name__ == "__main__":
     folder = Path(sys.argv[2])
     watch = transformers_callback(folder / "hugging_face", every=2)
     trainer_of(gpt2(), folder, watch, max_steps=4, eval_strategy="steps", eval_steps=2).train()
-    print("hugging face", watch.run and watch.run.status)
+    sys.stdout.write(f"hugging face {watch.run and watch.run.status}\\n")
+    sys.stdout.flush()
     watch, model = lightning_callback(folder / "lightning", every=2), module()
     fit(model, watch, max_epochs=1, strategy="ddp", devices=2, accumulate_grad_batches=2)
-    print("lightning", watch.run and watch.run.status)
+    sys.stdout.write(f"lightning {watch.run and watch.run.status}\\n")
+    sys.stdout.flush()
     if watch.run: assert same_spectra(watch.run, 3, dict(model.named_parameters()))
 """
 

@@ -13,6 +13,7 @@ pytestmark = pytest.mark.timeout(300)  # a deadlock has to end, too
 SCRIPT = """
 import sys
 from pathlib import Path
+import torch.distributed
 from tformer_lab.runs.store import Run
 from tformer_lab.tasks.recall import Recall
 from tformer_lab.training.fit import fit, resumed
@@ -21,9 +22,11 @@ if __name__ == "__main__":
     for name, samples, minutes in (("population", None, None), ("finite", 80, None), ("resumed", None, 1e-6)):
         runs = Path(sys.argv[1]) / name
         run = fit(Recall(length=32), runs_dir=runs, steps=30, batch_size=32, samples=samples, population_size=64 if samples else None, checkpoints=4, progress=False, time_limit=minutes)
-        print(name, "has", "no run" if run is None else run.status)
+        sys.stdout.write(f"{name} has {'no run' if run is None else run.status}\\n")
+        sys.stdout.flush()
     stopped = Run(next(runs.iterdir()))
     fit(*resumed(stopped, time_limit=None), resume=stopped, progress=False)
+    torch.distributed.destroy_process_group()  # a process that ends while gloo's threads run may be aborted
 """
 
 
