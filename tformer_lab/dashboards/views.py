@@ -18,15 +18,16 @@ from .figures import HEAT, StepAxis, curve_figure, drawn_ranks, heatmap_figure, 
 from .panels import (ALIGNMENTS, CELL_POINTS, DRAWN_STEPS, LINES, OTHERS, SCALES, VIEWS, MatrixView, Noise, aligned, LEADING, bin_edges, cell_lines, cell_places, densities,
                                            drawn_places, grid_panel, loss_at, metric_panel, noise_of, spectrum_axes, spectrum_panel, thinned, trajectories_panel)
 from ..runs.store import Run
+from ..spectra.analysis import SCALED
 from ..spectra.history import SpectrumHistory
-from ..spectra.metrics import QUARTILES, metric_arrays
+from ..spectra.metrics import metric_arrays
 from ..spectra.percentiles import percentile_in
 from ..spectra.tails import fit_tails
 
 # %% auto #0
-__all__ = ['SCALED', 'DRAWN_RECORDS', 'FITTED', 'GRID_NUMBERS', 'Training', 'training_of', 'matrix_view', 'metric_limits',
-           'floats', 'whole', 'template', 'step_axes', 'last_step', 'run_data', 'matrix_data', 'panel_templates',
-           'other_data', 'GridView', 'grid_view', 'grid_figure', 'grid_data']
+__all__ = ['DRAWN_RECORDS', 'FITTED', 'GRID_NUMBERS', 'Training', 'training_of', 'matrix_view', 'metric_limits', 'floats',
+           'whole', 'template', 'step_axes', 'last_step', 'run_data', 'matrix_data', 'panel_templates', 'other_data',
+           'GridView', 'grid_view', 'grid_figure', 'grid_data']
 
 # %% ../../nbs/dashboards/views.ipynb #8400a70c
 @dataclass(frozen=True)
@@ -57,7 +58,6 @@ def training_of(
     return Training(x.name, x.spectra if history is None else history, _recorded(x.metrics), x.optimum, x.unresolved, said["status"], said.get("error"), x.checkpoints)
 
 # %% ../../nbs/dashboards/views.ipynb #df749d42
-SCALED = ("spectral_norm", "frobenius_norm", *QUARTILES)  # metrics that grow with the entries
 DRAWN_RECORDS = 2500 # Of a recorded metric
 FITTED = 2 * 10**8  # squares of ranks, over all checkpoints, that are fitted: well below a second
 
