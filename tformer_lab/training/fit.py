@@ -22,7 +22,7 @@ from accelerate.utils import gather_object
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from ..runs.store import Run, RunError, RunWriter, default_runs_dir, read_state, shown, unique_name
+from ..runs.store import Run, RunError, RunWriter, check_name, default_runs_dir, read_state, shown, unique_name
 from ..spectra.history import record
 from ..spectra.matrices import weight_matrices
 from ..tasks.task import Task, task_class
@@ -392,25 +392,27 @@ def fit(
     task:Task,
     trainer:Trainer|None=None, # How to train; None: the task's defaults and what follows by name
     *,
-    runs_dir:str|Path|None=None, # Folder of the new run; None: see `default_runs_dir`
+    runs_dir:str|Path|None=None, # Folder that holds the new run; None: see `default_runs_dir`
+    name:str|None=None, # Of the new run's own folder; None: what it is, and when
     resume:Run|None=None, # Go on with this run instead of making a new one
     progress:bool=True, # Say what will be kept, and show a bar
     **given, # Fields of Trainer
 ) -> Run:
     "Train a task, and record it"
+    if resume is not None and name is not None: raise ParameterError(f"name = {name!r}: a run that is resumed has its name already")
     if trainer is not None and given: raise ParameterError(f"give a trainer, or its fields {sorted(given)}, not both")
     trainer = trainer or trainer_for(task, **given)
     if resume is not None: check_same(resume, task, trainer)
     threads = torch.get_num_threads()
     with torch.random.fork_rng(), StopRequest(trainer.time_limit) as stop:
-        try: run, reason = _fit(Session(task, trainer), stop, runs_dir, resume, progress)
+        try: run, reason = _fit(Session(task, trainer), stop, runs_dir, name, resume, progress)
         finally: torch.set_num_threads(threads)
     if reason == "SIGINT": raise KeyboardInterrupt(f"stopped; {shown(run.path)} can be resumed" if run else "stopped")
     return run
 
-def _fit(session, stop, runs_dir, resume, progress):
+def _fit(session, stop, runs_dir, name, resume, progress):
     if session.rank: return None, _go_on(session, None, stop, resume, progress)
-    run = resume or Run.create(Path(runs_dir or default_runs_dir()) / unique_name(label(session.task, session.trainer)), describe(session))
+    run = resume or Run.create(Path(runs_dir or default_runs_dir()) / (name or unique_name(label(session.task, session.trainer))), describe(session))
     if progress: print(announce(session, run.path))
     with RunWriter(run) as writer:
         reason = _go_on(session, writer, stop, resume, progress)
@@ -438,24 +440,39 @@ def _restore(session, writer, run):
     return step
 
 # %% ../../nbs/training/fit.ipynb #bfbfc2c0
+_PLACES = {"runs_dir", "name", "resume"}  # of the run; the others say how to train it
+
 class Job(NamedTuple):
     "What `fit` needs"
     task:Task
     trainer:Trainer
     resume:Run|None=None # The run to go on with
+    name:str|None=None # Of the new run's folder
+
+def _new_name(given):
+    "The name that a new run is to have, checked"
+    name = given.get("name")
+    if name is None: return None
+    if given.get("resume") is not None: raise ParameterError(f"name = {name!r}: a run that is resumed has its name already")
+    try: check_name(str(name))
+    except RunError as error: raise ParameterError(f"name = {error}") from None
+    path = Path(given.get("runs_dir") or default_runs_dir()) / str(name)
+    if path.exists(): raise ParameterError(f"name = {name!r}: {shown(path)} exists already; resume it, or take another name")
+    return str(name)
 
 def prepare(
-    given:Mapping[str, Any], # A notebook's parameters by name: task, runs_dir, resume, and fields of the task and of Trainer
+    given:Mapping[str, Any], # A notebook's parameters by name: task, runs_dir, name, resume, and fields of the task and of Trainer
 ) -> Job: # Raises ParameterError or RunError
     "Check a notebook's parameters before anything is written"
-    for name in ("runs_dir", "resume"):
-        if not isinstance(given.get(name), str | Path | None): raise ParameterError(f"{name} = {given[name]!r}: it should be the path of a folder")
-    if given.get("resume") is None: return Job(*resolve(given, others={"runs_dir", "resume"}))
-    run, name = Run(given["resume"]), given.get("task")
-    if name not in (None, "recall", run.config.get("task")) and ":" not in str(name): raise ParameterError(f"task = {name!r}: {run.name} was begun with {run.config.get('task')!r}")
-    try: own = task_class(name) if ":" in str(name) else None
-    except LookupError as error: raise ParameterError(f"task = {name!r}: {error}") from None
-    rest = {name: value for name, value in given.items() if value is not None and name not in {"task", "runs_dir", "resume"}}
+    for place in ("runs_dir", "resume"):
+        if not isinstance(given.get(place), str | Path | None): raise ParameterError(f"{place} = {given[place]!r}: it should be the path of a folder")
+    name = _new_name(given)
+    if given.get("resume") is None: return Job(*resolve(given, others=_PLACES), name=name)
+    run, kind = Run(given["resume"]), given.get("task")
+    if kind not in (None, "recall", run.config.get("task")) and ":" not in str(kind): raise ParameterError(f"task = {kind!r}: {run.name} was begun with {run.config.get('task')!r}")
+    try: own = task_class(kind) if ":" in str(kind) else None
+    except LookupError as error: raise ParameterError(f"task = {kind!r}: {error}") from None
+    rest = {name: value for name, value in given.items() if value is not None and name not in {"task", *_PLACES}}
     task, trainer = resumed(run, own, **rest)
     check_same(run, task, trainer)
     return Job(task, trainer, run)
