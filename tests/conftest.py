@@ -1,4 +1,4 @@
-"""What several tests share: small runs, processes to end, a browser, and a JupyterLab to point it at."""
+"""What several tests share: small runs, processes to end, a browser, a JupyterLab to point it at, and a SLURM."""
 import json
 import multiprocessing
 import os
@@ -199,3 +199,54 @@ class Kernel:
         self.client.execute(code, store_history=False)
 
     def close(self): self.client.stop_channels()
+
+
+class Slurm:
+    """A SLURM of one node, see `one_node_slurm.sh`, that ends with this process at the latest. Its state is in `home`, `env` leads to it."""
+    def __init__(self, home):
+        self.home, self.log = home, home.with_name(home.name + ".log")
+        with open(self.log, "w") as log:  # in a session of its own: Ctrl-C is for pytest, which then ends it in order
+            self.process = subprocess.Popen([TOP / "tests/one_node_slurm.sh", home], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, start_new_session=True)
+        try: ready = self.process.stdout.readline()
+        except BaseException:
+            self.close()
+            raise
+        if not ready: raise RuntimeError(f"{self.log.read_text()}\nno SLURM: one_node_slurm.sh ended with {self.process.wait()}")
+        self.env = {"SLURM_CONF": str(home / "slurm.conf"), "PATH": f"{home / 'bin'}{os.pathsep}{os.environ['PATH']}"}
+
+    def states(self):
+        """The state of each job so far, by the job's number as SLURM writes it: "7", or "7_0" in an array."""
+        said = subprocess.run(["squeue", "--noheader", "--array", "--states=all", "--format=%i %T"], env={**os.environ, **self.env}, check=True, capture_output=True, text=True)
+        return dict(line.split() for line in said.stdout.splitlines())
+
+    def wait(self, job, seconds=60):
+        """The state in which a job ends."""
+        end = time.monotonic() + seconds
+        while (state := self.states()[job]) in ("PENDING", "CONFIGURING", "RUNNING", "COMPLETING", "REQUEUED", "SUSPENDED"):
+            if time.monotonic() > end: raise TimeoutError(f"job {job} is still {state}")
+            time.sleep(.1)
+        return state
+
+    def close(self):
+        """Cancel its jobs and end it; takes a second, or the six that SLURM gives a job to end."""
+        self.process.stdin.close()
+        try: self.process.wait(60)
+        except subprocess.TimeoutExpired: self.process.terminate()  # once it has no child that waits for anything, it hears this
+        self.process.stdout.close()
+
+
+@pytest.fixture(scope="session")
+def slurm(tmp_path_factory):
+    """A real SLURM of one node, on `SLURM_CONF` and `PATH` until the tests end; where there is none the test is skipped, in CI it fails."""
+    missing = [command for command in ("slurmctld", "slurmd", "munged", "sbatch") if shutil.which(command, path=f"{os.environ['PATH']}:/usr/sbin") is None]
+    if missing or os.geteuid():
+        lacks = f"no {', '.join(missing)}: apt-get install -y --no-install-recommends slurm-wlm munge" if missing else "its daemons have to be started as root"
+        if os.environ.get("CI"): pytest.fail(f"CI has to have a SLURM: {lacks}")
+        pytest.skip(lacks)
+    cluster = Slurm(tmp_path_factory.mktemp("slurm") / "home")
+    try:
+        with pytest.MonkeyPatch.context() as patch:
+            for name in [name for name in os.environ if name.startswith(("SLURM_", "SBATCH_"))]: patch.delenv(name)  # of a job that these tests may be run in
+            for name, value in cluster.env.items(): patch.setenv(name, value)
+            yield cluster
+    finally: cluster.close()
