@@ -15,6 +15,7 @@ import shutil
 import subprocess
 from collections.abc import Mapping
 from datetime import datetime, timezone
+from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,17 +23,17 @@ from typing import TYPE_CHECKING, Any
 import yaml
 from filelock import FileLock, Timeout
 
-from ..spectra.checkpoints import SpectraFolder
-from ..spectra.history import SpectrumHistory, SpectrumRecord, pack
 from ..storage import FileError, StepFolder, read_safetensors, step_file, write_atomically
 
 if TYPE_CHECKING:
     import pandas as pd
     from torch import Tensor
 
+    from tformer_lab.spectra.history import SpectrumHistory, SpectrumRecord
+
 # %% auto #0
 __all__ = ['RunError', 'project_top', 'default_runs_dir', 'shown', 'check_name', 'unique_name', 'environment', 'MetricsFile',
-           'Checkpoints', 'is_locked', 'now', 'Run', 'RunWriter', 'read_state', 'list_runs']
+           'Checkpoints', 'is_locked', 'now', 'Run', 'RunWriter', 'read_state', 'last_metrics', 'list_runs']
 
 # %% ../../nbs/runs/store.ipynb #d26d6545
 class RunError(FileError):
@@ -156,7 +157,7 @@ class Run:
     ):
         self.path = Path(path)
         if not (self.path / "config.yaml").is_file(): raise RunError(f"{self.path} is no run: it has no config.yaml")
-        self._metrics, self._spectra = MetricsFile(self.path / "metrics.jsonl"), SpectraFolder(self.path / "spectra")
+        self._metrics = MetricsFile(self.path / "metrics.jsonl")
 
     @classmethod
     def create(cls,
@@ -238,6 +239,11 @@ class Run:
         "The weights that were kept, by step"
         return Checkpoints(self.path / "checkpoints")
 
+    @cached_property
+    def _spectra(self):
+        from tformer_lab.spectra.checkpoints import SpectraFolder  # torch and scipy with it, which a look at a run's state does not need
+        return SpectraFolder(self.path / "spectra")
+
     def spectra_at(self, step:int) -> SpectrumRecord:
         "The spectra at one step"
         return self._spectra[step]
@@ -280,6 +286,8 @@ class RunWriter:
     def save_spectra(self, spectra:SpectrumRecord) -> None:
         "Write the spectra of a step"
         import safetensors.numpy
+
+        from tformer_lab.spectra.history import pack
         self.step = spectra.step
         write_atomically(self.run.path / "spectra" / step_file(spectra.step), safetensors.numpy.save(*pack(spectra)))
 
@@ -340,7 +348,10 @@ def read_state(
     return state
 
 # %% ../../nbs/runs/store.ipynb #63777835
-def _last_metrics(run, tail=65536):
+def last_metrics(
+    run:Run,
+    tail:int=65536, # Bytes from the end
+) -> dict[str, float]: # By name, with the step
     "The latest value of each metric near the end of the file, without reading all of it"
     path = run.path / "metrics.jsonl"
     if not path.exists(): return {}
@@ -355,7 +366,7 @@ def _last_metrics(run, tail=65536):
 
 def _row(path):
     run = Run(path)
-    config, said, last = run.config, run.status_details, _last_metrics(run)
+    config, said, last = run.config, run.status_details, last_metrics(run)
     optimum = {o["metric"]: o["value"] for o in run.optimum}
     measured = next((name for name in ("train/loss", "population/loss") if name in optimum and name in last), None)
     return {"run": run.name, "task": config.get("task"), "model": config.get("model"), "status": said["status"], "step": last.get("step"), "train/loss": last.get("train/loss"),
