@@ -9,7 +9,9 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
     submod_attrs={
         "dashboards.dashboard": ["Dashboard"],
         "runs.recorder": ["SpectrumRecorder"],
+        "runs.results": ["results"],
         "runs.store": ["Run", "list_runs"],
+        "runs.sweep": ["sweep"],
         "spectra.analysis": ["analyze"],
         "spectra.checkpoints": ["from_checkpoints"],
         "spectra.history": ["SpectrumHistory"],
