@@ -12,6 +12,7 @@ import inspect
 import json
 import os
 import platform
+import random
 import re
 import shutil
 import signal
@@ -70,6 +71,8 @@ def _package_digest():
     kept = [path for path in sorted(files) if path.name not in ("docs.py", "_modidx.py", "__init__.py")]
     return hashlib.sha256(b"\0".join(path.read_bytes() for path in kept)).hexdigest()
 
+def _is_built_in(task): return task.__module__.startswith("tformer_lab.")
+
 def code_version(
     notebook:str|Path|None=None, # Whose code cells count, too
     task:type|None=None, # A task whose module counts, too
@@ -79,7 +82,7 @@ def code_version(
     if notebook is not None:
         cells = json.loads(Path(notebook).read_text())["cells"]
         digest.update(json.dumps(["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]).encode())
-    if task is not None and not task.__module__.startswith("tformer_lab."): digest.update(Path(inspect.getsourcefile(task)).read_bytes())
+    if task is not None and not _is_built_in(task): digest.update(Path(inspect.getsourcefile(task)).read_bytes())
     return digest.hexdigest()
 
 def key_of(
@@ -91,6 +94,8 @@ def key_of(
 
 # %% ../../nbs/runs/jobs.ipynb #7650d659
 STATUSES = "waiting", "submitted", "running", "done", "stopped", "failed"
+
+_SAID = {"status": str, "error": str, "started": str, "updated": str, "host": str, "slurm": str, "seconds": int | float, "pid": int}
 
 class Job:
     "One run of a sweep, by its name in a folder of runs"
@@ -117,13 +122,21 @@ class Job:
     def _read(self, file):
         try: found = json.loads((self.folder / file).read_text())
         except FileNotFoundError: return {}
-        except ValueError as error: raise FileError(f"{self.folder / file} is no JSON: {error}") from error
+        except OSError as error: raise FileError(str(error)) from error
+        except (ValueError, RecursionError) as error: raise FileError(f"{self.folder / file} is no JSON: {error}") from error
         return found if isinstance(found, dict) else {}
+
+    def _read_or_tell(self, file):
+        "One file that cannot be read is not the end of a sweep: the job is run again"
+        try: return self._read(file)
+        except FileError as error: return {"status": "stopped", "error": str(error)}
 
     @property
     def plan(self) -> dict[str, Any]: # "notebook", "parameters", "trains"
         "What to run; empty where nobody has said so"
-        return self._read("job.json")
+        plan = self._read_or_tell("job.json")
+        whole = isinstance(plan.get("parameters"), dict) and isinstance(plan.get("notebook"), str | None) and isinstance(plan.get("trains"), bool)
+        return plan if whole else {}
 
     def set_plan(self,
         notebook:str|None, # Its absolute path; None: `fit` alone
@@ -132,17 +145,21 @@ class Job:
     ) -> None:
         "Write what to run"
         plan = {"format": 1, "notebook": notebook, "parameters": dict(parameters), "trains": trains}
-        if self.plan != plan: write_atomically(self.folder / "job.json", json.dumps(plan, indent=1, default=str).encode(), durable=False)
+        if self._read_or_tell("job.json") != plan: write_atomically(self.folder / "job.json", json.dumps(plan, indent=1, default=str).encode(), durable=False)
 
     @property
     def said(self) -> dict[str, Any]: # "status", and "error", "started", "updated", "seconds", "pid", "host", "slurm" where there
         "What was last said of it, as it stands now"
-        read = lambda: {"status": "waiting"} | self._read("slurm.json") | self._read("status.json")
-        said = read()
-        if said["status"] == "running" and not self.is_held(): said = read()  # anew: it may have come to its end in between
+        said = self._said()
+        if said["status"] == "running" and not self.is_held(): said = self._said()  # anew: it may have come to its end in between
         if said["status"] == "running" and not self.is_held(): said["status"] = "stopped"
         if said["status"] == "done" and self.plan.get("trains") and not self._has_run(): said["status"] = "waiting"
         return said
+
+    def _said(self):
+        found = self._read_or_tell("slurm.json") | self._read_or_tell("status.json")
+        right = {name: value for name, value in found.items() if isinstance(value, _SAID.get(name, ()))}
+        return right if right.get("status") in STATUSES else right | {"status": "waiting"}
 
     def _has_run(self): return (self.run_path / "config.yaml").is_file()
 
@@ -156,7 +173,7 @@ class Job:
         **more, # "error", "seconds", "started"
     ) -> None:
         "Write how it stands"
-        said = {"started": self._read("status.json").get("started"), "status": status, "updated": now(), "pid": os.getpid(), "host": platform.node(), **more}
+        said = {"started": self._read_or_tell("status.json").get("started"), "status": status, "updated": now(), "pid": os.getpid(), "host": platform.node(), **more}
         write_atomically(self.folder / "status.json", json.dumps(said, indent=1).encode(), durable=False)
 
     def set_slurm(self,
@@ -190,9 +207,20 @@ def _named(label, key):
     plain = re.sub(r"[^A-Za-z0-9._=+-]+", "-", label).strip("-._") or "run"
     return f"{plain[:150]}-{key}"
 
+def _check_elsewhere(given, task):
+    "A job's own process has to find the task, too"
+    if not _is_built_in(task) and ":" not in str(given["task"]):
+        raise ParameterError(f"task = {given['task']!r}: only this process knows it by that name, and a run has its own; it should be package.module:{task.__name__}")
+
+def _check_values(given):
+    for name, value in given.items():
+        try: json.dumps(value)
+        except (TypeError, ValueError): raise ParameterError(f"{name} = {value!r}: it should be a number, a string, True, False, None, or a list or mapping of these") from None
+
 def _training_name(given, notebook):
     from tformer_lab.training.fit import label
     task, trainer = resolve(given)
+    _check_elsewhere(given, type(task))
     own = {name: value for name, value in asdict(trainer).items() if name not in ("time_limit", "save_minutes")}
     parameters = {"task": f"{type(task).__module__}:{type(task).__qualname__}", **asdict(task), **own}
     return _named(label(task, trainer), key_of(parameters, code_version(notebook, type(task))))
@@ -215,6 +243,7 @@ def plan_jobs(
         try:
             taken = sorted(_PLACES & given.keys())
             if taken: raise ParameterError(f"{taken[0]} is for the sweep to give")
+            _check_values(given)
             if not trains(names): check_names(given, names)
             name = _training_name(given, notebook) if trains(names) else _notebook_name(given, notebook)
         except (ParameterError, FileError) as error: wrong.append(f"{given}:\n  " + str(error).replace("\n", "\n  "))
@@ -232,18 +261,29 @@ def _papermill():
     import papermill
     return papermill
 
+def _socket_folder():
+    "A short one: a socket's path has 107 characters at most"
+    return tempfile.mkdtemp(prefix="tformer-", dir="/tmp" if len(tempfile.gettempdir()) > 80 else None)
+
+def _keep_whole(beside, output):
+    "A notebook takes the place of the one before, if it is whole: on a full disk it may be cut"
+    try: json.loads(beside.read_text())
+    except FileNotFoundError: return
+    except (OSError, ValueError): beside.unlink(missing_ok=True)
+    else: os.replace(beside, output)
+
 def execute(
     source:str|Path, # A notebook
     output:Path, # Where the executed one goes, whole
     parameters:Mapping[str, Any], # By name
 ) -> None: # Raises what papermill raises; the output is there then, too
     "Run a notebook through papermill"
-    beside, sockets = output.with_name(f".{output.stem}.running.ipynb"), tempfile.mkdtemp(prefix="tformer-")  # short: a socket's path has 107 characters at most
+    beside, sockets = output.with_name(f".{output.stem}.running.ipynb"), _socket_folder()
     output.parent.mkdir(parents=True, exist_ok=True)
     try: _papermill().execute_notebook(str(source), str(beside), dict(parameters), progress_bar=False, log_output=False, autosave_cell_every=5, config=_kernel_config(sockets))
     finally:
         shutil.rmtree(sockets, ignore_errors=True)
-        if beside.exists(): os.replace(beside, output)
+        _keep_whole(beside, output)
 
 # %% ../../nbs/runs/jobs.ipynb #bc7277c8
 def _kernels():
@@ -257,7 +297,7 @@ class Watch:
         gently:bool, # Does a kernel save and end at SIGUSR2? Else it is killed
     ):
         self.gently, self.asked, self.error = gently, None, None
-        self._thread, self._function, self._parent = threading.Thread(target=self._run, daemon=True), function, os.getppid()
+        self._thread, self._function = threading.Thread(target=self._run, daemon=True), function
 
     def _run(self):
         try: self._function()
@@ -277,7 +317,6 @@ class Watch:
         for number in (signal.SIGTERM, signal.SIGINT): signal.signal(number, self._ask)
         self._thread.start()
         while self._thread.is_alive():
-            if os.getppid() != self._parent: self.asked = self.asked or "the end of the sweep"
             if self.asked: self._tell()
             self._thread.join(.3)
         if self.error is not None: raise self.error
@@ -286,6 +325,10 @@ class Watch:
 def _places(job):
     "Where a training goes: on with its run, or into a new one"
     return {"resume": str(job.run_path)} if (job.run_path / "config.yaml").is_file() else {"name": job.name, "runs_dir": str(job.runs_dir)}
+
+def _print_error():
+    try: traceback.print_exc()
+    except OSError: pass  # the log may be on a full disk
 
 def _outcome(job, error, asked=None):
     "Status and reason"
@@ -297,16 +340,17 @@ def _outcome(job, error, asked=None):
     if kind == "OSError" and str(error).startswith(f"[Errno {errno.ENOSPC}]"): return "stopped", str(error)  # it can go on when there is room
     if error is not None: return "failed", f"{kind}: {error}"
     if not job.plan["trains"]: return "done", None
-    said = Run(job.run_path).status_details
-    return said["status"], said.get("error")
+    try: said = Run(job.run_path).status_details
+    except FileError as error: return "failed", f"the notebook came to its end, and made no run of the name that it was given: {error}"
+    return said["status"] if said["status"] in ("done", "failed") else "stopped", said.get("error")
 
 def _by_papermill(job):
-    plan, watch = job.plan, None
+    plan = job.plan
     given = plan["parameters"] | (_places(job) if plan["trains"] else {})
     watch = Watch(lambda: execute(plan["notebook"], job.notebook, given), gently=plan["trains"])
     try: watch.wait()
     except BaseException as error:
-        traceback.print_exc()
+        _print_error()
         return _outcome(job, error, watch.asked)
     return _outcome(job, None)
 
@@ -316,7 +360,7 @@ def _in_process(job):
         made = prepare(job.plan["parameters"] | _places(job))
         fit(made.task, made.trainer, runs_dir=job.runs_dir, name=made.name, resume=made.resume, progress=False)
     except BaseException as error:
-        traceback.print_exc()
+        _print_error()
         return _outcome(job, error)
     return _outcome(job, None)
 
@@ -331,27 +375,65 @@ def run_job(
     "Take a job to its end, unless it is there already"
     with job.hold() as mine:
         if not mine: return BUSY
-        before = job._read("status.json").get("status")
-        if job.said["status"] == "done" or (before == "failed" and not retry): return before
+        before = job.status
+        if before == "done" or (before == "failed" and not retry): return before
         started = time.monotonic()
         job.say("running", started=now())
-        status, error = _in_process(job) if in_process else _by_papermill(job)
+        if not job.plan: status, error = "stopped", f"{job.folder / 'job.json'} is damaged; the sweep, repeated, writes it anew"
+        else: status, error = _in_process(job) if in_process else _by_papermill(job)
         job.say(status, error=error, seconds=round(time.monotonic() - started, 2))
         return status
+
+def _run_or_stop(job, *how):
+    "The same where nothing can be written: without a word to the contrary the job counts as stopped"
+    try: return run_job(job, *how)
+    except OSError:
+        _print_error()
+        return "stopped"
 
 # %% ../../nbs/runs/jobs.ipynb #5573625f
 CODES = {"done": 0, "failed": 1, "stopped": 3, BUSY: 75}  # exit statuses
 
+def _global_state():
+    "What a task may set for the whole process, and would leave to the next run in it"
+    import numpy as np
+    import torch
+    return (torch.get_default_dtype(), torch.get_default_device(), torch.get_num_threads(), torch.is_grad_enabled(), torch.is_anomaly_enabled(),
+            torch.are_deterministic_algorithms_enabled(), torch.get_float32_matmul_precision(), torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic,
+            random.getstate(), np.random.get_state()[1].tobytes(), np.geterr(), os.getcwd(), dict(os.environ))
+
+def _streams():
+    "Where names come from and answers go; what a task reads and prints is neither"
+    names, answers = os.fdopen(os.dup(0)), os.fdopen(os.dup(1), "w", buffering=1)
+    with open(os.devnull) as nothing: os.dup2(nothing.fileno(), 0)
+    os.dup2(2, 1)
+    return names, answers
+
+def _flush():
+    "What a task printed belongs to its own log"
+    for stream in (sys.stdout, sys.stderr):
+        try: stream.flush()
+        except OSError: pass  # on a full disk
+
 def _serve(runs_dir, retry):
-    answers = os.fdopen(os.dup(1), "w", buffering=1)
-    os.dup2(2, 1)  # what a task prints goes to the log
+    names, answers = _streams()
     from tformer_lab.training import fit  # before the first job is timed
-    for line in sys.stdin:
+    before = _global_state()
+    for line in names:
         job = Job(runs_dir, line.strip())
         with open(job.folder / "log.txt", "a") as log:
-            os.dup2(log.fileno(), 1)
-            os.dup2(log.fileno(), 2)
-            answers.write(run_job(job, in_process=True, retry=retry) + "\n")
+            for number in (1, 2): os.dup2(log.fileno(), number)
+        status = _run_or_stop(job, True, retry)
+        _flush()
+        last = _global_state() != before
+        answers.write(f"{status} last\n" if last else f"{status}\n")
+        if last: return 0  # the next run begins in a process that is as new as its own would be
+    return 0
+
+def _stop_without(parent):
+    "Ask this process to stop, as SIGTERM does, when its parent has gone"
+    while os.getppid() == parent: time.sleep(.5)
+    os.kill(os.getpid(), signal.SIGTERM)
 
 def main(arguments:list[str]|None=None) -> int: # An exit status
     "Run a job, or serve several"
@@ -362,10 +444,12 @@ def main(arguments:list[str]|None=None) -> int: # An exit status
     parser.add_argument("--serve", action="store_true", help="read names from the input, and run each in this process")
     parser.add_argument("--in-process", action="store_true", help="train in this process, without the notebook")
     parser.add_argument("--retry", action="store_true", help="also what has failed before")
+    parser.add_argument("--parent", type=int, default=os.getppid(), help="the process without which to stop")
     given = parser.parse_args(arguments)
+    threading.Thread(target=_stop_without, args=(given.parent,), daemon=True).start()
     if given.serve: return _serve(given.runs_dir, given.retry)
     if not given.name: parser.error("a name is missing")
-    return CODES.get(run_job(Job(given.runs_dir, given.name), given.in_process, given.retry), 1)
+    return CODES.get(_run_or_stop(Job(given.runs_dir, given.name), given.in_process, given.retry), 1)
 
 # %% ../../nbs/runs/jobs.ipynb #88d126ad
 if __name__ == "__main__" and "__file__" in globals(): sys.exit(main())

@@ -13,12 +13,13 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
+from threading import Lock
 
 from .jobs import BUSY, CODES, Job
 from ..training.parameters import ParameterError
 
 # %% auto #0
-__all__ = ['cores', 'visible_gpus', 'shares', 'ending', 'Slot', 'Pool']
+__all__ = ['THREAD_VARIABLES', 'cores', 'visible_gpus', 'shares', 'ending', 'Slot', 'Pool']
 
 # %% ../../nbs/runs/pool.ipynb #1b361ff6
 def cores() -> int:
@@ -31,6 +32,8 @@ def visible_gpus() -> list[str]: # As CUDA_VISIBLE_DEVICES names them
     if named is not None: return [name.strip() for name in named.split(",") if name.strip() not in ("", "-1")]
     import torch
     return [str(i) for i in range(torch.cuda.device_count())]
+
+THREAD_VARIABLES = "OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"
 
 def shares(
     slots:int|None=None, # Jobs at once; None: as many as GPUs or cores allow
@@ -46,7 +49,7 @@ def shares(
     slots = slots or (len(there) // each if each else max(1, cores() // (threads or 1)))
     if each and slots * each > len(there): raise ParameterError(f"slots = {slots}: with {each} GPU{'s' if each > 1 else ''} a job, this machine has room for {len(there) // each}")
     threads = str(threads or max(1, cores() // slots))
-    own = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), threads)
+    own = dict.fromkeys(THREAD_VARIABLES, threads)
     return [own | ({"CUDA_VISIBLE_DEVICES": ",".join(there[i * each:(i + 1) * each])} if there or gpus == 0 else {}) for i in range(slots)]
 
 # %% ../../nbs/runs/pool.ipynb #a90b0eba
@@ -55,7 +58,16 @@ def ending(
 ) -> str:
     "How a process ended, in words"
     if code >= 0: return f"its process ended with status {code}"
-    return f"its process was ended by {signal.Signals(-code).name}"
+    return f"its process was ended by {next((s.name for s in signal.Signals if s == -code), f'signal {-code}')}"
+
+def _kill_with_children(pid):
+    "A kernel has a session of its own, which a signal to its parent's does not reach"
+    import psutil
+    try: family = [psutil.Process(pid), *psutil.Process(pid).children(recursive=True)]
+    except psutil.NoSuchProcess: return
+    for process in family:
+        try: process.kill()
+        except psutil.NoSuchProcess: pass
 
 class Slot:
     "Where one job after another runs"
@@ -63,52 +75,62 @@ class Slot:
         share:dict[str, str], # Its environment
         in_process:bool=False, # One process for all of its jobs?
         retry:bool=False, # Also what has failed before?
-    ): self.env, self.in_process, self.retry, self.process = {**os.environ, **share}, in_process, retry, None
+    ):
+        self.env, self.in_process, self.retry, self.process = {**os.environ, **share}, in_process, retry, None
+        self._stopped, self._starting = False, Lock()
 
     def _start(self, job, *more, **streams):
+        "Is there a process now? None is started once the slot was stopped"
         job.folder.mkdir(parents=True, exist_ok=True)
-        command = [sys.executable, "-m", "tformer_lab.runs.jobs", *(["--retry"] if self.retry else []), str(job.runs_dir), *more]
-        with open(job.folder / "log.txt", "ab") as log:  # a session of its own: Ctrl-C is for the sweep to hear, and to pass on
-            self.process = subprocess.Popen(command, env=self.env, stderr=log, start_new_session=True, **{"stdin": subprocess.DEVNULL, "stdout": log, **streams})
+        command = [sys.executable, "-m", "tformer_lab.runs.jobs", f"--parent={os.getpid()}", *(["--retry"] if self.retry else []), str(job.runs_dir), *more]
+        with open(job.folder / "log.txt", "ab") as log, self._starting:  # a session of its own: Ctrl-C is for the sweep to hear, and to pass on
+            if not self._stopped: self.process = subprocess.Popen(command, env=self.env, stderr=log, start_new_session=True, **{"stdin": subprocess.DEVNULL, "stdout": log, **streams})
+        return not self._stopped
+
+    def _is_running(self): return self.process is not None and self.process.poll() is None
 
     def _ask_server(self, job):
-        if self.process is None or self.process.poll() is not None: self._start(job, "--serve", stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1)
+        if not self._is_running():
+            self.close()
+            if not self._start(job, "--serve", stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1): return "stopped"
         try:
             self.process.stdin.write(job.name + "\n")
-            answer = self.process.stdout.readline().strip()
-        except OSError: answer = ""
-        return answer or self._broken(job, self.process.wait())
+            answer, *last = self.process.stdout.readline().split() or [""]
+        except OSError: answer, last = "", []
+        if last: self.close()
+        return answer or self._ended(job, self.process.wait())
 
-    def run(self, job:Job) -> str: # Its status, or BUSY
+    def run(self, job:Job) -> str: # Its status, or BUSY. Raises OSError where nothing can be started
         "Run a job to its end"
         if job.is_held(): return BUSY
         if self.in_process: return self._ask_server(job)
-        self._start(job, job.name)
-        code = self.process.wait()
-        return next((status for status, number in CODES.items() if number == code), None) or self._broken(job, code)
+        return self._ended(job, self.process.wait()) if self._start(job, job.name) else "stopped"
 
-    def _broken(self, job, code):
-        "What is said of a job whose process could say nothing"
+    def _ended(self, job, code):
+        "How a job stands whose process has ended; the reason is written where the process could not"
+        if code == CODES[BUSY]: return BUSY
+        status = job.status
+        if code == CODES.get(status) or status in ("done", "failed"): return status
         with job.hold() as mine:
-            try:
-                if mine and job.status == "stopped": job.say("stopped", error=ending(code))
-            except OSError: pass  # the disk may be full
+            if mine: job.say("stopped", error=ending(code))
         return "stopped"
 
     def stop(self,
         at_once:bool=False, # Or may it save first?
     ) -> None:
         "End what runs"
-        if self.process is None or self.process.poll() is not None: return
-        try: os.killpg(self.process.pid, signal.SIGKILL) if at_once else self.process.terminate()
-        except ProcessLookupError: pass
+        with self._starting: self._stopped = True
+        if not self._is_running(): return
+        if at_once: _kill_with_children(self.process.pid)
+        else: self.process.terminate()
 
     def close(self) -> None:
         "Let the process of an empty slot end"
-        if self.process is not None and self.process.stdin is not None:
-            self.process.stdin.close()
-            self.process.wait()
-            self.process.stdout.close()
+        if self.process is None or self.process.stdin is None: return
+        try: self.process.stdin.close()
+        except OSError: pass  # it has ended
+        self.process.wait()
+        self.process.stdout.close()
 
 # %% ../../nbs/runs/pool.ipynb #ccfae393
 class Pool:
@@ -117,18 +139,29 @@ class Pool:
         slots:list[Slot],
         tick:Callable[[], None]=lambda: None, # Called a few times a second
         say:Callable[[str], None]=print,
-    ): self.slots, self.tick, self.say, self.stopping, self._elsewhere, self._queue = slots, tick, say, False, [], deque()
+    ):
+        self.slots, self.tick, self.say, self.stopping = slots, tick, say, False
+        self._elsewhere, self._queue, self._told = [], deque(), set()
 
     def _work(self, slot):
         while not self.stopping:
             try: job = self._queue.popleft()
             except IndexError: return
-            if slot.run(job) == BUSY: self._elsewhere.append(job)
+            try:
+                if slot.run(job) == BUSY: self._elsewhere.append(job)
+            except OSError as error: self._tell(job, error)
+
+    def _tell(self, job, error):
+        "Why a job was not run, as on a full disk; the others may tell the same"
+        if error.errno not in self._told: self.say(f"{job.name}: {error}")
+        self._told.add(error.errno)
 
     def _run_queue(self):
         with ThreadPoolExecutor(len(self.slots)) as threads:
-            working = [threads.submit(self._work, slot) for slot in self.slots]
-            try: self._wait(working)
+            working = []
+            try:
+                working += [threads.submit(self._work, slot) for slot in self.slots]
+                self._wait(working)
             except BaseException:
                 self._stop(working)
                 raise
@@ -141,9 +174,9 @@ class Pool:
 
     def _stop(self, working):
         self.stopping = True
-        self.say("stopping: what runs is saved first; once more to end it at once")
-        for slot in self.slots: slot.stop()
         try:
+            for slot in self.slots: slot.stop()
+            self.say("stopping: what runs is saved first; once more to end it at once")
             while not all(work.done() for work in working): time.sleep(.1)
         except KeyboardInterrupt:
             for slot in self.slots: slot.stop(at_once=True)

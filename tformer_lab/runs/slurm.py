@@ -5,14 +5,19 @@
 # %% ../../nbs/runs/slurm.ipynb #23743fc7
 from __future__ import annotations
 
+import math
 import os
 import re
+import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, redirect_stderr
 from dataclasses import fields
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -21,51 +26,57 @@ from pydantic import ConfigDict, Field, model_validator
 from pydantic.dataclasses import dataclass
 
 from .jobs import CODES, Job
+from .pool import THREAD_VARIABLES, ending
+from .store import Run
+from ..storage import FileError
 from ..training.parameters import ParameterError, build
 
 # %% auto #0
-__all__ = ['OPTIONS', 'minutes', 'SlurmOptions', 'slurm_options', 'QueuedJob', 'submitit_folder', 'check_slurm', 'submit',
-           'queued', 'standing', 'cancel']
+__all__ = ['OPTIONS', 'minutes', 'SlurmOptions', 'slurm_options', 'SlurmError', 'queued', 'check_slurm', 'QueuedJob',
+           'submitit_folder', 'submit', 'standing', 'standings', 'cancel']
 
 # %% ../../nbs/runs/slurm.ipynb #b58f17d6
 _UNITS = {"s": 1 / 60, "m": 1, "min": 1, "h": 60, "d": 1440}
+_CLOCK = re.compile(r"(?P<d>\d+)-(?P<h>\d+)(:(?P<m>\d+)(:(?P<s>\d+))?)?|((?P<hours>\d+):)?(?P<minutes>\d+):(?P<seconds>\d+)")
 
 def minutes(
-    time:str|float, # "2h", "90m", "1d12h", "1-12:00:00", or minutes
+    time:str|float, # "2h", "90m", "1d12h", a number of minutes, or as SLURM has it: "1-12:00:00", "90:00" for minutes and seconds
 ) -> int: # 1 or more; raises ParameterError
     "A time limit"
     wrong = ParameterError(f"time = {time!r}: it should be like 2h, 90m, 1d12h, 1-12:00:00, or a number of minutes")
     if isinstance(time, bool) or not isinstance(time, str | int | float): raise wrong
     text = str(time).strip()
     if re.fullmatch(r"\d+(\.\d+)?", text): found = float(text)
-    elif parts := re.fullmatch(r"(?:(\d+)-)?(\d+):(\d+)(?::(\d+))?", text):
-        days, *clock = (int(part or 0) for part in parts.groups())
-        found = days * 1440 + clock[0] * 60 + clock[1] + clock[2] / 60
+    elif parts := _CLOCK.fullmatch(text): found = sum(int(n) * _UNITS[name[0]] for name, n in parts.groupdict().items() if n)
     elif re.fullmatch(r"(\d+(\.\d+)?\s*(s|min|m|h|d)\s*)+", text): found = sum(float(n) * _UNITS[unit] for n, _, unit in re.findall(r"(\d+(\.\d+)?)\s*(min|s|m|h|d)", text))
     else: raise wrong
     if found <= 0: raise wrong
-    return max(1, round(found))
+    return math.ceil(found)
 
-# %% ../../nbs/runs/slurm.ipynb #058a880d
+# %% ../../nbs/runs/slurm.ipynb #5765a16a
+_OURS = {"array", "signal", "output", "error", "open-mode", "requeue", "no-requeue"}
+
 @dataclass(config=ConfigDict(extra="forbid"), frozen=True, kw_only=True)
 class SlurmOptions:
     "What each job of a sweep asks SLURM for"
     time:str|float = "1h" # Limit: 2h, 90m, 1-12:00:00, or minutes. A job that meets it is saved, and goes on in the queue
     partition:str|None = None
     account:str|None = None
-    mem:str|None = Field(None, pattern=r"^\d+(\.\d+)?[KMGT]?B?$") # Memory: 8G
+    mem:str|None = Field(None, pattern=r"^\d+[KMGT]?B?$") # Memory: 8G
     gpus:int|None = Field(None, ge=0) # Of each job
     cpus:int|None = Field(None, ge=1) # Of each job
     constraint:str|None = None # Features that a node must have
     at_once:int = Field(256, ge=1) # Jobs of the array that may run at the same time
-    grace:int = Field(90, ge=1) # Seconds before the limit at which a run is told to save
+    grace:int = Field(90, ge=1) # Seconds before the limit at which a run is told to save; SLURM may be a minute early
     slurm:dict[str, str|int|float|bool] = Field(default_factory=dict) # Any further option of sbatch, by its long name: {"qos": "high"}
 
     @model_validator(mode="after")
     def _fits(self):
-        minutes(self.time)
-        wrong = [name for name in self.slurm if not re.fullmatch(r"[a-z][a-z0-9_-]*", name)]
-        if wrong: raise ValueError(f"slurm has {wrong[0]!r}: it should be a long option of sbatch without its dashes, as qos")
+        if self.grace >= 60 * minutes(self.time): raise ValueError(f"grace = {self.grace}: with a time of {60 * minutes(self.time)} s a run would be told to save as soon as it begins")
+        for name, value in self.slurm.items():
+            if not re.fullmatch(r"[a-z][a-z0-9_-]*", name): raise ValueError(f"slurm has {name!r}: it should be a long option of sbatch without its dashes, as qos")
+            if name.replace("_", "-") in _OURS: raise ValueError(f"slurm has {name!r}, which the sweep sets")
+            if "\n" in str(value): raise ValueError(f"slurm has {name} = {value!r}: it should be one line")
         return self
 
 def slurm_options(
@@ -76,35 +87,20 @@ def slurm_options(
 
 OPTIONS = tuple(f.name for f in fields(SlurmOptions)) # Names
 
-# %% ../../nbs/runs/slurm.ipynb #f960e1cd
-class QueuedJob:
-    "What submitit calls on a node"
-    def __init__(self, runs_dir:str, name:str, in_process:bool, retry:bool):
-        self.runs_dir, self.name, self.in_process, self.retry, self._process = runs_dir, name, in_process, retry, None
+# %% ../../nbs/runs/slurm.ipynb #ad80e9b1
+class SlurmError(OSError):
+    "SLURM does not do what it is asked for"
 
-    def __call__(self) -> None: # Raises RuntimeError where the job did not get done
-        "Run the job to its end"
-        flags = [*(["--in-process"] if self.in_process else []), *(["--retry"] if self.retry else [])]
-        with open(Job(self.runs_dir, self.name).folder / "log.txt", "ab") as log:
-            self._process = subprocess.Popen([sys.executable, "-m", "tformer_lab.runs.jobs", *flags, self.runs_dir, self.name], stdin=subprocess.DEVNULL, stdout=log, stderr=log)
-        while self._process.poll() is None: time.sleep(.2)  # not wait(), within which a signal's handler could not ask for the status
-        if self._process.returncode: raise RuntimeError(f"{self.name}: {Job(self.runs_dir, self.name).said}")
+def _ask(*command):
+    "What a command of SLURM's says"
+    try: said = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    except (OSError, subprocess.TimeoutExpired) as error: raise SlurmError(f"{command[0]}: {error}") from None
+    if said.returncode: raise SlurmError(f"{command[0]}: {said.stderr.strip() or said.returncode}")
+    return said.stdout
 
-    def checkpoint(self): # What submitit puts back into the queue
-        "Let the run be saved"
-        import submitit
-        job, deadline = Job(self.runs_dir, self.name), time.monotonic() + 3600  # SLURM ends it before
-        self._process.terminate()
-        while job.status == "running" and time.monotonic() < deadline: time.sleep(.1)
-        return submitit.helpers.DelayedSubmission(QueuedJob(self.runs_dir, self.name, self.in_process, self.retry))
-
-# %% ../../nbs/runs/slurm.ipynb #1b7e2fa8
-def submitit_folder() -> Path:
-    "Where submitit keeps scripts and logs: a private folder"
-    folder = Path(os.environ.get("TFORMER_SUBMITIT") or Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local/state") / "tformer_lab/submitit")
-    folder.mkdir(parents=True, exist_ok=True)
-    folder.chmod(0o700)  # it holds pickles, which are run
-    return folder
+def queued() -> dict[str, str]: # State by the id of the job, "17_3"; raises SlurmError
+    "This user's jobs that wait or run"
+    return dict(line.split("|", 1) for line in _ask("squeue", "--noheader", "--array", "--me", "--format=%i|%T").split() if "|" in line)
 
 def check_slurm() -> None: # Raises ImportError or ParameterError
     "Is there what submitting needs?"
@@ -112,13 +108,121 @@ def check_slurm() -> None: # Raises ImportError or ParameterError
     except ImportError: raise ImportError('executor="slurm" needs submitit: pip install "tformer_lab[slurm]"') from None
     if shutil.which("srun") is None or shutil.which("squeue") is None: raise ParameterError('executor = "slurm": there is no srun or squeue here; is this a node of the cluster from which jobs are submitted?')
 
-def _executor(options, name):
+# %% ../../nbs/runs/slurm.ipynb #054a99d2
+def _is_running(id):
+    "Does SLURM let it run? Not where it was cancelled"
+    try: return queued().get(id) == "RUNNING"
+    except SlurmError: return False
+
+def _has_ended(process):
+    "Asked within a signal's handler, where Popen may be in the middle of asking"
+    try: return os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
+    except ChildProcessError: return True
+
+def _step(job):
+    "How far its run is"
+    try: return Run(job.run_path).status_details.get("step") or 0
+    except FileError: return 0
+
+class QueuedJob:
+    "What submitit calls on a node"
+    def __init__(self,
+        runs_dir:str,
+        name:str,
+        flags:list[str], # Of `python -m tformer_lab.runs.jobs`
+        seconds:float, # After which a signal may mean that the time is up
+        step:int=0, # Where the run was when it was put back into the queue
+        in_vain:int=0, # How often its time was up, and it had come no further
+    ):
+        self.runs_dir, self.name, self.flags, self.seconds, self.step, self.in_vain = runs_dir, name, flags, seconds, step, in_vain
+        self._process, self._told = None, False
+
+    def __call__(self) -> None: # Raises RuntimeError where the job did not get done
+        "Run the job to its end"
+        from submitit import JobEnvironment
+        job, id, self._began = Job(self.runs_dir, self.name), JobEnvironment().job_id, time.monotonic()
+        job.set_slurm(id)
+        signal.signal(signal.SIGTERM, self._hear)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, signal.valid_signals())
+        code = self._run(job)
+        if code and self._told and job.status == "stopped" and _is_running(id): signal.raise_signal(getattr(signal, f"SIG{JobEnvironment.USR_SIG}"))
+        if code: raise RuntimeError(f"{self.name}: {job.said}")
+
+    def _hear(self, number, frame): self._told = True
+
+    def _run(self, job):
+        env = dict.fromkeys(THREAD_VARIABLES, os.environ.get("SLURM_CPUS_ON_NODE", "1")) | dict(os.environ)
+        with open(job.folder / "log.txt", "ab") as log:
+            self._process = subprocess.Popen([sys.executable, "-m", "tformer_lab.runs.jobs", *self.flags, self.runs_dir, self.name], stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=env)
+        while (code := self._process.poll()) is None: time.sleep(.2)  # not wait(), within which a signal's handler could not ask for its end
+        if code < 0 and job.status == "stopped": job.say("stopped", error=ending(code))
+        return code
+
+    def checkpoint(self): # What submitit puts back into the queue; None for nothing
+        "Let the run be saved"
+        from submitit.helpers import DelayedSubmission
+        if self._process is not None:
+            self._process.terminate()
+            while not _has_ended(self._process): time.sleep(.1)  # SLURM ends it if it takes too long
+        job = Job(self.runs_dir, self.name)
+        step, is_up = _step(job), time.monotonic() - self._began > self.seconds
+        in_vain = (self.in_vain + 1 if step <= self.step else 0) if is_up else self.in_vain
+        if in_vain > 1 and job.status != "done": job.say("failed", error=f"its time was up twice, and it was still at step {step}: give it more time")
+        if job.status == "failed": return None
+        return DelayedSubmission(QueuedJob(self.runs_dir, self.name, self.flags, self.seconds, step, in_vain))
+
+# %% ../../nbs/runs/slurm.ipynb #93d7f27c
+_HOLDING = "import os, signal, sys; signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2]); os.execv(sys.executable, [sys.executable, *sys.argv[1:]])"
+
+def submitit_folder() -> Path:
+    "Where submitit keeps scripts and logs: a private folder"
+    folder = Path(os.environ.get("TFORMER_SUBMITIT") or Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local/state") / "tformer_lab/submitit")
+    folder.mkdir(parents=True, exist_ok=True)
+    folder.chmod(0o700)  # it holds pickles, which are run
+    return folder
+
+@contextmanager
+def _outside_of_jobs(options:Mapping[str, Any]) -> Iterator[None]:
+    "Without the variables of a job around this process, and those that sbatch would heed more than these options"
+    stronger = {"SBATCH_TIMELIMIT", "SBATCH_SIGNAL", "SBATCH_NO_REQUEUE", *(f"SBATCH_{name.upper().replace('-', '_')}" for name in options)}
+    hidden = {name: value for name, value in os.environ.items() if (name.startswith(("SLURM_", "SRUN_", "SUBMITIT_")) and name != "SLURM_CONF") or name in stronger}
+    for name in hidden: del os.environ[name]
+    try: yield
+    finally: os.environ.update(hidden)
+
+def _executor(options, name, at_once):
     import submitit
-    executor = submitit.SlurmExecutor(submitit_folder(), max_num_timeout=10**6)  # a run goes on as often as it is stopped
+    executor = submitit.SlurmExecutor(submitit_folder().absolute(), max_num_timeout=10**6, python=f"{shlex.quote(sys.executable)} -c {shlex.quote(_HOLDING)}")  # QueuedJob knows when it is enough
     given = {"partition": options.partition, "mem": options.mem, "cpus_per_task": options.cpus, "constraint": options.constraint, "account": options.account, "gpus_per_node": options.gpus or None}
-    executor.update_parameters(job_name=name, time=minutes(options.time), array_parallelism=options.at_once, signal_delay_s=options.grace, open_mode="append",
-                               additional_parameters=options.slurm, **{key: value for key, value in given.items() if value is not None})
+    if options.cpus: given["srun_args"] = [f"--cpus-per-task={options.cpus}"]  # srun does not ask sbatch for it
+    executor.update_parameters(job_name=name, time=minutes(options.time), array_parallelism=at_once, signal_delay_s=options.grace,
+                               additional_parameters={"requeue": True} | {key: value for key, value in options.slurm.items() if value is not False}, **{key: value for key, value in given.items() if value is not None})
     return executor
+
+# %% ../../nbs/runs/slurm.ipynb #d33ec733
+def _largest_array():
+    "How many jobs an array may have"
+    found = re.search(r"MaxArraySize\s*=\s*(\d+)", _ask("scontrol", "show", "config"))
+    return max(1, int(found[1])) if found else 1001
+
+def _submit(jobs, options, name, flags):
+    "The id of each job, which is in the queue then"
+    from submitit.core.utils import FailedJobError, FailedSubmissionError
+    seconds = 60 * minutes(options.time) - options.grace - 60  # SLURM says it up to a minute early
+    size = _largest_array()
+    parts = [jobs[start:start + size] for start in range(0, len(jobs), size)]
+    executor = _executor(options, name, math.ceil(options.at_once / len(parts)))
+    for part in parts:
+        try:
+            with _outside_of_jobs(executor.parameters), redirect_stderr(StringIO()): there = executor.submit_array([QueuedJob(str(job.runs_dir), job.name, flags, seconds) for job in part])
+        except (FailedJobError, FailedSubmissionError) as error: raise SlurmError(str(error).strip()) from None
+        for job, queued_job in zip(part, there): job.set_slurm(queued_job.job_id)
+
+def _settled(ids):
+    "The queue, once none of these jobs is about to leave it; after a minute in any case"
+    deadline = time.monotonic() + 60
+    while "COMPLETING" in map((alive := queued()).get, ids) and time.monotonic() < deadline: time.sleep(.5)
+    return alive
 
 def submit(
     jobs:Iterable[Job],
@@ -126,48 +230,53 @@ def submit(
     name:str, # As squeue shows it
     in_process:bool=False, # By `fit` instead of the notebook
     retry:bool=False, # Also what has failed before
-) -> list[Job]: # Those that were submitted: not what another sweep has in the queue
+) -> list[Job]: # Those that were submitted: not what another sweep has in the queue. Raises SlurmError
     "Submit jobs as an array"
     jobs = list(jobs)
     if not jobs: return []
+    flags = [*(["--in-process"] if in_process else []), *(["--retry"] if retry else [])]
     (jobs[0].runs_dir / "jobs").mkdir(parents=True, exist_ok=True)
     with FileLock(jobs[0].runs_dir / "jobs/.submit.lock"):
-        alive = queued()
-        mine = [job for job in jobs if job.said.get("slurm") not in alive and not job.is_held() and job.status != "done"]
-        if not mine: return []
-        before = {job: job.said for job in mine}
-        for job in mine: job.say("submitted")  # first, since a job may start at once and say so
-        try: submitted = _executor(options, name).submit_array([QueuedJob(str(job.runs_dir), job.name, in_process, retry) for job in mine])
-        except Exception:
-            for job, said in before.items(): job.say(said["status"], error=said.get("error"))
+        alive = _settled({job.said.get("slurm") for job in jobs})
+        before = {job: said for job in jobs if (said := job.said).get("slurm") not in alive and said["status"] not in ({"done"} if retry else {"done", "failed"}) and not job.is_held()}
+        if not before: return []
+        for job in before: job.say("submitted")  # first, since a job may start at once and say so
+        try: _submit(list(before), options, name, flags)
+        except BaseException:
+            for job, said in before.items():
+                if job.status == "submitted" and job.said.get("slurm") == said.get("slurm"): job.say(said["status"], error=said.get("error"))
             raise
-        for job, there in zip(mine, submitted): job.set_slurm(there.job_id)
-    return mine
+    return list(before)
 
-# %% ../../nbs/runs/slurm.ipynb #669713d2
-def queued() -> dict[str, str]: # State by the id of the job, "17_3"
-    "This user's jobs that wait or run"
-    said = subprocess.run(["squeue", "--noheader", "--array", "--me", "--format=%i|%T"], capture_output=True, text=True, timeout=60)
-    if said.returncode: raise OSError(f"squeue: {said.stderr.strip() or said.returncode}")
-    return dict(line.split("|", 1) for line in said.stdout.split() if "|" in line)
-
+# %% ../../nbs/runs/slurm.ipynb #a324bb4d
 def standing(
     job:Job,
     alive:Mapping[str, str], # What `queued` said before
 ) -> str: # One of STATUSES
     "How a job stands that is, or was, in the queue"
     said = job.said
-    status, there = said["status"], said.get("slurm") in alive
-    if status in ("submitted", "stopped"): return "submitted" if there else "stopped"
-    return status
+    if said["status"] in ("done", "failed", "waiting") or said.get("slurm") not in alive: return "stopped" if said["status"] == "submitted" else said["status"]
+    return "running" if said["status"] == "running" else "submitted"
+
+def standings(
+    jobs:Iterable[Job],
+) -> dict[Job, str]: # Those that are, or were, in the queue, and that have not ended; none where it cannot be asked
+    "How jobs stand, as the queue knows it"
+    open = [job for job in jobs if (said := job.said).get("slurm") and said["status"] not in ("done", "failed")]
+    try: alive = queued() if open else {}
+    except SlurmError: return {}
+    return {job: standing(job, alive) for job in open}
 
 def cancel(
     jobs:Iterable[Job],
-) -> int: # How many
-    "Take jobs out of the queue; those that run are saved, as far as SLURM gives them time"
+) -> int: # How many; raises SlurmError
+    "Take jobs out of the queue, and wait until they are; those that run are saved, as far as SLURM gives them time"
+    ids = {job: id for job in jobs if (id := job.said.get("slurm"))}
+    if not ids: return 0
     alive = queued()
-    ids = {job: said["slurm"] for job in jobs if (said := job.said).get("slurm") in alive}
-    for start in range(0, len(ids), 500): subprocess.run(["scancel", *list(ids.values())[start:start + 500]], check=True, timeout=60)
+    ids = {job: id for job, id in ids.items() if id in alive}
+    for start in range(0, len(ids), 500): _ask("scancel", "--quiet", *list(ids.values())[start:start + 500])
+    _settled(set(ids.values()))
     for job in ids:
-        if job.status == "submitted": job.say("stopped", error="cancelled")
+        if job.status in ("submitted", "stopped"): job.say("stopped", error="cancelled")
     return len(ids)

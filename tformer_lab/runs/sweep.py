@@ -10,6 +10,7 @@ import json
 import signal
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,11 +18,11 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from .grid import Condition, Grid, combinations, listed, plain
+from .grid import Condition, Grid, combinations, listed, plain, scalar
 from .jobs import Job, notebook_parameters, plan_jobs, trains
 from .pool import Pool, Slot, shares
 from .progress import Board, Teller, board_table
-from .slurm import OPTIONS, cancel, check_slurm, queued, slurm_options, standing, submit
+from .slurm import OPTIONS, SlurmError, cancel, check_slurm, queued, slurm_options, standing, standings, submit
 from .store import check_name, default_runs_dir, now
 from ..storage import FileError, write_atomically
 from ..training.parameters import ParameterError, check_names
@@ -52,16 +53,21 @@ class Sweep:
         varied = self.varied
         return {job: {name: parameters[name] for name in varied if name in parameters} for job, parameters in self.jobs.items()}
 
+    def _board(self):
+        board = Board(self.jobs)
+        board.refresh(known := standings(self.jobs), known)
+        return board
+
     def counts(self) -> dict[str, int]: # By status
         "How many stand how"
-        return Board(self.jobs).counts()
+        return self._board().counts()
 
     def table(self) -> pd.DataFrame: # A row a job
         "How every job stands"
-        return board_table(Board(self.jobs), self.labels)
+        return board_table(self._board(), self.labels)
 
-    def cancel(self) -> int: # How many
-        "Take the jobs out of a cluster's queue"
+    def cancel(self) -> int: # How many; raises SlurmError
+        "Take the jobs out of a cluster's queue; those that run are saved"
         return cancel(self.jobs)
 
     def __repr__(self): return f"Sweep({self.name!r}, {', '.join(f'{count} {status}' for status, count in self.counts().items())})"
@@ -82,9 +88,11 @@ def open_sweep(
     "A sweep that was begun before"
     runs_dir = Path(runs_dir or default_runs_dir())
     path = _path(runs_dir, name)
-    try: kept = json.loads(path.read_text())["jobs"]
+    try:
+        kept = json.loads(path.read_text())["jobs"]
+        if not all(isinstance(parameters, dict) for parameters in kept.values()): raise TypeError("its jobs have no parameters")
     except FileNotFoundError: raise FileError(f"there is no sweep {name!r} in {runs_dir}; there are {', '.join(list_sweeps(runs_dir)) or 'none'}") from None
-    except (ValueError, LookupError, TypeError) as error: raise FileError(f"{path} is no sweep: {error}") from error
+    except (ValueError, LookupError, TypeError, AttributeError) as error: raise FileError(f"{path} is no sweep: {error}") from error
     return Sweep(runs_dir, name, {Job(runs_dir, job): parameters for job, parameters in kept.items()})
 
 def list_sweeps(
@@ -106,11 +114,16 @@ def _unfinished(found, retry):
     ended = {"done"} if retry else {"done", "failed"}
     return [job for job in found.jobs if job.status not in ended]
 
+def _check_texts(**given):
+    for name, value in given.items():
+        if not isinstance(value, str | Path | None): raise ParameterError(f"{name} = {value!r}: it should be a string")
+
 def _check(notebook, executor, in_process, options, local):
     if executor not in ("local", "slurm"): raise ParameterError(f"executor = {executor!r}: it should be 'local' or 'slurm'")
     if notebook is None and not in_process: raise ParameterError("without a notebook the runs train in the sweep's own processes: give in_process=True, or a notebook")
     if executor == "local" and (given := [name for name in options if name != "gpus" and options[name] is not None]): raise ParameterError(f"{given[0]} is for executor = 'slurm'")
     if executor == "slurm" and (given := [name for name, value in local.items() if value is not None]): raise ParameterError(f"{given[0]} is for executor = 'local'")
+    if in_process and notebook is not None and not trains(notebook_parameters(notebook)): raise ParameterError(f"in_process = True: {notebook} does not train as nbs/train.ipynb does, so it has to be run as a notebook")
     if not in_process: _check_papermill()
     if executor == "slurm": check_slurm()
 
@@ -127,14 +140,16 @@ def _run_local(found, jobs, slots, progress):
         if not progress or time.monotonic() - looked[0] < 1: return
         looked[0] = time.monotonic()
         teller.tell(board.refresh())
-    try: Pool(slots, tick, say=print if progress else lambda text: None).run(jobs)
+    try: Pool(slots, tick, say=teller.note if progress else lambda text: None).run(jobs)
     finally:
         if progress: teller.tell(board.refresh(), last=True)
 
 def _run_slurm(found, jobs, options, name, in_process, retry, progress, wait):
     submitted = submit(jobs, options, name, in_process, retry)
     if progress: print(f"{len(submitted)} jobs submitted" + (f", {len(jobs) - len(submitted)} were in the queue" if len(submitted) < len(jobs) else ""))
-    if wait: _follow(found, jobs, options.at_once, progress)
+    try:
+        if wait: _follow(found, jobs, options.at_once, progress)
+    except KeyboardInterrupt: raise KeyboardInterrupt(f"no longer waiting; the jobs stay in the queue. The same command waits for them, tformer-sweep --cancel {found.name} takes them out") from None
 
 def _follow(found, jobs, slots, progress, every=2.):
     "Until none of the jobs is in the queue"
@@ -142,7 +157,7 @@ def _follow(found, jobs, slots, progress, every=2.):
     teller, going = Teller(board, found.labels, slots), True
     while going:
         try: alive = queued()
-        except OSError: alive = None  # the controller may be away for a while
+        except SlurmError: alive = None  # the controller may be away for a while
         if alive is not None:
             statuses = {job: standing(job, alive) for job in jobs}
             going = any(status in ("submitted", "running") for status in statuses.values())
@@ -172,12 +187,14 @@ def sweep(
 ) -> Sweep: # Raises ParameterError before anything is started
     "Run a notebook with every combination of parameters that was not run before"
     check_names(options, OPTIONS)
+    _check_texts(notebook=notebook, name=name, runs_dir=runs_dir, executor=executor, tracking=tracking)
+    if tracking not in (None, "mlflow"): raise ParameterError(f"tracking = {tracking!r}: it should be 'mlflow' or None")
     _check(notebook, executor, in_process, options, {"slots": slots, "threads": threads})
     asked = slurm_options(options) if executor == "slurm" else None
     environments = shares(slots, threads, options.get("gpus")) if executor == "local" else []
     found = _plan(notebook, grid, seeds, only, name, Path(runs_dir or default_runs_dir()).absolute())
-    if dry_run: return _list(found, progress)
-    jobs = _begin(found, notebook, in_process, retry)
+    if dry_run: return _list(found, retry, progress)
+    jobs = _begin(found, notebook, retry)
     with follow(found, tracking):
         if executor == "slurm": _run_slurm(found, jobs, asked, found.name, in_process, retry, progress, wait)
         else: _run_local(found, jobs, [Slot(share, in_process, retry) for share in environments], progress)
@@ -197,18 +214,17 @@ def follow(
         for job in found.jobs: follower.follow(job.name, job.notebook)
         yield
 
-def _begin(found, notebook, in_process, retry):
+def _begin(found, notebook, retry):
     source = None if notebook is None else str(Path(notebook).absolute())
     training = source is None or trains(notebook_parameters(source))
-    if in_process and not training: raise ParameterError(f"in_process = True: {notebook} does not train as nbs/train.ipynb does, so it has to be run as a notebook")
     for job, parameters in found.jobs.items(): job.set_plan(source, parameters, training)
     _keep(found, notebook)
     return _unfinished(found, retry)
 
-def _list(found, progress):
+def _list(found, retry, progress):
     if progress:
         for job, parameters in found.jobs.items(): print(f"{job.status:9}  {' '.join(f'{name}={value}' for name, value in parameters.items())}")
-        print(f"{len(found.jobs)} runs, of which {len(_unfinished(found, False))} are to be run")
+        print(f"{len(found.jobs)} runs, of which {len(_unfinished(found, retry))} are to be run")
     return found
 
 # %% ../../nbs/runs/sweep.ipynb #41d84ed1
@@ -261,14 +277,16 @@ def _add_slurm(group):
     group.add_argument("--no-wait", action="store_true", help="submit, and do not wait for the end")
 
 # %% ../../nbs/runs/sweep.ipynb #d7fe5175
-def _pairs(texts, what):
+def _pairs(texts, what, read=listed):
     "A mapping from NAME=VALUE"
     wrong = [text for text in texts if "=" not in text]
     if wrong: raise ParameterError(f"{what} {wrong[0]}: it should be NAME=VALUE")
-    return {name: listed(value) for name, _, value in (text.partition("=") for text in texts)}
+    return {name: read(value) for name, _, value in (text.partition("=") for text in texts)}
 
 def _grid_of(parameters, file):
     "The grid of a file with the parameters of the command in it"
+    twice = [name for name, count in Counter(name for name, _ in parameters).items() if count > 1]
+    if twice: raise ParameterError(f"{twice[0]} is given twice: all its values stand in one list, -p {twice[0]} 0.1,0.5")
     typed = {name: listed(values) for name, values in parameters}
     kept = file.get("parameters") or {}
     if isinstance(kept, list): return [{**one, **typed} if isinstance(one, Mapping) else one for one in kept]
@@ -276,8 +294,12 @@ def _grid_of(parameters, file):
     return {**kept, **typed}
 
 def _only_of(given, file):
-    found = {name: [*(where if isinstance(where, list) else [where])] for name, where in (file.get("only") or {}).items()}
-    for name, *where in given: found.setdefault(name, []).append(_pairs(where, f"--only {name}"))
+    kept = file.get("only") or {}
+    if not isinstance(kept, Mapping): raise ParameterError(f"only = {kept!r}: it should be a mapping from parameters to where they are given")
+    found = {name: [*(where if isinstance(where, list) else [where])] for name, where in kept.items()}
+    for name, *where in given:
+        if not where: raise ParameterError(f"--only {name}: where? It should be --only {name} NAME=VALUE")
+        found.setdefault(name, []).append(_pairs(where, f"--only {name}"))
     return found
 
 def _arguments(given):
@@ -286,7 +308,7 @@ def _arguments(given):
     names = ["seeds", "name", "runs_dir", "executor", "slots", "threads", "in_process", "tracking", *OPTIONS]
     typed = {name: value for name in names if (value := getattr(given, name, None)) is not None and name != "slurm"}
     kept = {name: value for name, value in file.items() if name in names}
-    more = {"slurm": {**kept.pop("slurm", {}), **_pairs(given.slurm, "--slurm")}} if given.slurm or "slurm" in kept else {}
+    more = {"slurm": {**kept.pop("slurm", {}), **_pairs(given.slurm, "--slurm", scalar)}} if given.slurm or "slurm" in kept else {}
     chosen = {**kept, **typed, **more}
     if given.notebook is None and "notebook" not in file and not chosen.get("in_process"): raise ParameterError("a notebook is missing: tformer-sweep nbs/train.ipynb …")
     return {"notebook": given.notebook or file.get("notebook"), "grid": _grid_of(given.parameters, file), "only": _only_of(given.only, file), **chosen,
@@ -314,14 +336,15 @@ def main(arguments:list[str]|None=None) -> int: # An exit status
     "The command `tformer-sweep`"
     given = _parser().parse_args(arguments)
     signal.signal(signal.SIGTERM, _interrupt)
+    if "" not in sys.path: sys.path.insert(0, "")  # a task in the working directory, as the runs find it
     try:
         if given.list or given.status or given.cancel: return _look(given)
         chosen = _arguments(given)
         found = sweep(**chosen)
         return 0 if given.dry_run else _status(found, not given.no_wait)
-    except (ParameterError, FileError, ImportError) as error:
+    except (ParameterError, FileError, ImportError, OSError) as error:
         print(f"tformer-sweep: {error}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print("stopped; the same command goes on", file=sys.stderr)
+    except KeyboardInterrupt as stopped:
+        print(str(stopped) or "stopped; the same command goes on", file=sys.stderr)
         return 3
