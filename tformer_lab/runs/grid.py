@@ -21,11 +21,16 @@ Grid = Mapping[str, Any]|Sequence[Mapping[str, Any]] # One grid, or several
 
 def _varied(value):
     "The values of a parameter"
-    if hasattr(value, "tolist"): value = value.tolist()  # numpy's arrays and numbers
-    return list(value) if isinstance(value, list | tuple | range | set) else [value]
+    value = _python(value)
+    return [_python(one) for one in value] if isinstance(value, list | tuple | range | set) else [value]
+
+def _python(value):
+    "numpy's arrays and numbers as Python's"
+    return value.tolist() if hasattr(value, "tolist") else value
 
 def _grids(grid):
     grids = [grid] if isinstance(grid, Mapping) else list(grid)
+    if not grids: raise ParameterError("there is no grid in the list of grids")
     for one in grids:
         if not isinstance(one, Mapping): raise ParameterError(f"a grid is {one!r}: it should be a mapping from parameters to their values")
         for name, value in one.items():
@@ -52,8 +57,14 @@ def holds(
     if not isinstance(condition, Mapping): return any(holds(one, combination) for one in condition)
     return all(combination.get(name) in _varied(value) for name, value in condition.items())
 
+def _check_condition(name, condition):
+    alternatives = [] if callable(condition) else [condition] if isinstance(condition, Mapping) else condition
+    if not isinstance(alternatives, list | tuple) or not all(isinstance(one, Mapping) for one in alternatives) or condition in ([], ()):
+        raise ParameterError(f"the condition on {name!r} is {condition!r}: it should be a mapping from parameters to values, a list of such, or a function")
+
 def _check_conditions(only, names):
     for name, condition in only.items():
+        _check_condition(name, condition)
         needed = [] if callable(condition) else [n for one in ([condition] if isinstance(condition, Mapping) else condition) for n in one]
         for wanted in (name, *needed):
             if wanted not in names: raise ParameterError(f"the condition on {name!r} names {wanted!r}, which is not in the grid{did_you_mean(wanted, names)}")

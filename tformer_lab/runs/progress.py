@@ -43,7 +43,8 @@ def look_at(
         last = last_metrics(run)
         steps = steps or (run.config.get("trainer") or {}).get("steps")
     except (FileError, OSError, AttributeError) as error: return Look(said["status"], error=said.get("error") or str(error))
-    return Look(said["status"], last.get("step"), steps, last.get("train/loss"), said.get("seconds"), said.get("error"))
+    number = lambda value: value if isinstance(value, int | float) else None  # also of a file that somebody has changed
+    return Look(said["status"], number(last.get("step")), number(steps), number(last.get("train/loss")), said.get("seconds"), said.get("error"))
 
 # %% ../../nbs/runs/progress.ipynb #6245242a
 class Board:
@@ -54,12 +55,12 @@ class Board:
         self._took:list[float] = []
 
     def refresh(self,
-        jobs:Iterable[Job]|None=None, # None: all that have not ended
+        jobs:Iterable[Job]|None=None, # None: all that are not done; what has failed may be run again
         statuses:Mapping[Job, str]|None=None, # Known better than the job's own file knows it
     ) -> list[Job]: # Whose status has changed
         "Look again"
         changed = []
-        for job in [job for job, look in self.looks.items() if look.status not in ("done", "failed")] if jobs is None else list(jobs):
+        for job in [job for job, look in self.looks.items() if look.status != "done"] if jobs is None else list(jobs):
             before, look = self.looks[job], look_at(job, self.looks[job].steps)
             self.looks[job] = look = look._replace(status=(statuses or {}).get(job, look.status))
             if look.status == "running": self._begun.setdefault(job, (time.monotonic(), look.step or 0))
@@ -175,6 +176,14 @@ class Teller:
         for job in failed: print(self._said_of(job), file=self.out)
         print("\n".join(line[:width - 1] for line in lines), file=self.out, flush=True)
         self._lines = len(lines)
+
+    def note(self,
+        text:str,
+    ) -> None:
+        "Say something else in between"
+        if self._lines: self.out.write(f"\x1b[{self._lines}F\x1b[J")
+        self._lines = 0
+        print(text, file=self.out, flush=True)
 
     def _in_notebook(self, failed, last):
         from IPython.display import HTML, display

@@ -169,8 +169,8 @@ class Run:
         try: text = yaml.safe_dump({"format": 1, "name": check_name(path.name), "created": now(), **(config or {}), **environment()}, sort_keys=False)
         except yaml.YAMLError as error: raise RunError(f"config has a value that is no number, string, list or dictionary: {error}") from error
         beside = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
-        write_atomically(beside / "config.yaml", text.encode())
         try:
+            write_atomically(beside / "config.yaml", text.encode())
             if path.exists(): raise FileExistsError
             os.rename(beside, path)  # fails for all but one of those who try at once
         except OSError as error:
@@ -320,14 +320,16 @@ class RunWriter:
         "Say how the run ended and let go of it"
         if self._file.closed: return
         self._file.close()
-        self.say(status, error)
-        self._lock.release()
+        try: self.say(status, error)
+        finally: self._lock.release()  # also when the disk is full
 
     def withdraw(self) -> None:
         "Let go of a run that could not be gone on with; its status is what it was before"
-        if self._before: write_atomically(self.run.path / "status.json", json.dumps(self._before, indent=1).encode())
-        self._file.close()
-        self._lock.release()
+        try:
+            if self._before: write_atomically(self.run.path / "status.json", json.dumps(self._before, indent=1).encode())
+        finally:
+            self._file.close()
+            self._lock.release()
 
     def __enter__(self): return self
     def __exit__(self, kind, error, trace):
