@@ -11,13 +11,15 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import plotly.graph_objects as go
+from plotly.subplots import make_subplots
 
-from .figures import COLORS, HEAT, StepAxis, step_axis, style
+from .figures import COLORS, GRID, HEAT, StepAxis, curve_range, step_axis, style
 
 if TYPE_CHECKING: import pandas as pd
 
 # %% auto #0
-__all__ = ['PALETTE', 'look_of', 'parameter_axis', 'parameter_figure', 'parameter_heatmap', 'band_traces', 'band_figure']
+__all__ = ['PALETTE', 'look_of', 'parameter_axis', 'parameter_figure', 'parameter_heatmap', 'band_traces', 'band_figure',
+           'value_axis', 'Grid', 'band_grid']
 
 # %% ../../nbs/dashboards/comparisons.ipynb #03c298d2
 PALETTE = "#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#8C8C8C"
@@ -179,3 +181,125 @@ def band_figure(
 def _level(axis, value, color, name, legend=False):
     low, high = axis.position([0, axis.last])
     return go.Scatter(x=[low, high], y=[value, value], mode="lines", line={"color": color, "width": 1.5, "dash": "dash"}, name=name, showlegend=legend, hovertemplate=name + "<extra></extra>")
+
+# %% ../../nbs/dashboards/comparisons.ipynb #46fc21ca
+def value_axis(
+    values:Sequence[float], # All that is to be seen on it
+) -> tuple[bool, dict[str, Any]]: # Is a value's position log10(1 + value)? And settings for plotly
+    "An axis that holds zero and all values"
+    low, high = curve_range(values)
+    if min(values, default=0) < 0 or high < 12: return False, {"range": [low, high]}
+    ticks = [t for t in (0, 1, 3, 10, 30, 100, 300, 1000, 3000, 10_000) if t <= high]
+    return True, {"range": [-.04 * np.log10(1 + high), np.log10(1 + high)], "tickvals": np.log10(1 + np.array(ticks)).tolist(), "ticktext": [f"{t:,}" for t in ticks]}
+
+def _at(values, log): return np.log10(1 + np.maximum(values, 0)) if log else np.asarray(values, dtype=float)
+
+# %% ../../nbs/dashboards/comparisons.ipynb #63e28d9f
+class Grid:
+    "What a figure of small multiples lays out: its panels, colours and choices, and the curve of each"
+    def __init__(self,
+        table:pd.DataFrame, # step, mean, low, high, and a column a parameter
+        row:str, column:str, color:str, choose:str|None,
+        share:str, # Panels of a "row", a "column" or "all" have one axis of values
+    ):
+        _check_columns(table, [row, column, color, choose, "step", "mean", "low", "high"])
+        self.by, self.share = [row, column, color], share
+        self.steps = np.unique(table["step"])
+        self.rows, self.columns, self.colors = (list(dict.fromkeys(table[name])) for name in self.by)
+        self.choices = list(dict.fromkeys(table[choose])) if choose else [None]
+        groups = {choice: table if choose is None else table[table[choose] == choice] for choice in self.choices}
+        self.curves = {(choice, *key): part.set_index("step")[["mean", "low", "high"]].reindex(self.steps).to_numpy(dtype=float).T for choice, group in groups.items() for key, part in group.groupby(self.by, sort=False)}
+        self.cells = [cell for cell in ((r, c, v) for r in self.rows for c in self.columns for v in self.colors) if any((choice, *cell) in self.curves for choice in self.choices)]
+
+    def group(self, row, column): return {"row": row, "column": column, "all": None}[self.share]
+
+    def axes(self,
+        optimum:Mapping[tuple, float],
+    ) -> dict[Any, tuple[bool, dict[str, Any]]]: # By group
+        "The axis of values of each group of panels"
+        seen:dict[Any, list] = {}
+        for (_, row, column, _), values in self.curves.items(): seen.setdefault(self.group(row, column), []).extend(values[np.isfinite(values)])
+        for (row, column, *_), value in optimum.items(): seen.setdefault(self.group(row, column), []).append(value)
+        return {group: value_axis(values) for group, values in seen.items()}
+
+    def place(self, row, column): return self.rows.index(row) + 1, self.columns.index(column) + 1
+
+# %% ../../nbs/dashboards/comparisons.ipynb #eac3377f
+def _edge(band):
+    "A closed line around an interval; where there is none it has no height"
+    low, high = (np.interp(np.arange(len(bound)), np.flatnonzero(np.isfinite(bound)), bound[np.isfinite(bound)]) for bound in band)
+    return np.concatenate([low, high[::-1]]).astype(np.float32)
+
+def _drawn(grid, choice, cell, axis):
+    "What a choice changes in the interval and the line of a curve: y, and what the pointer tells"
+    mean, low, high = grid.curves.get((choice, *cell), np.full((3, len(grid.steps)), np.nan))
+    log, settings = axis
+    band = _at(low, log), _at(high, log)
+    seen = np.nanmax(band[1] - band[0], initial=0) > .01 * (settings["range"][1] - settings["range"][0])
+    return {"y": _edge(band) if seen else np.zeros(0, np.float32)}, {"y": _at(mean, log).astype(np.float32), **({"customdata": mean.astype(np.float32)} if log else {})}
+
+def _cell_traces(grid, cell, axis, steps, names, first):
+    "The interval and the line of a curve"
+    look, name = look_of(grid.colors.index(cell[2])), escape(str(names.get(cell[2], _text(cell[2]))))
+    x, (band, line) = steps.position(grid.steps).astype(np.float32), _drawn(grid, grid.choices[0], cell, axis)
+    return [go.Scatter(x=np.concatenate([x, x[::-1]]), **band, mode="none", fill="toself", fillcolor=_translucent(look["color"]), hoverinfo="skip", showlegend=False, legendgroup=name),
+            go.Scatter(x=x, **line, mode="lines", name=name, legendgroup=name, showlegend=first, line={"color": look["color"], "dash": look["dash"], "width": 1.8}, text=grid.steps,
+                       hovertemplate=f"step %{{text}}: %{{{'customdata' if axis[0] else 'y'}:.4g}}<extra>%{{fullData.name}}</extra>")]
+
+def _choice(grid, axes, choice):
+    "The frame of a choice"
+    traces = [trace for cell in grid.cells for trace in _drawn(grid, choice, cell, axes[grid.group(*cell[:2])])]
+    return go.Frame(name=str(choice), data=[go.Scatter(**trace) for trace in traces], traces=list(range(len(traces))))
+
+def _list_of(choices, height):
+    "The list to choose from, at the top left"
+    move = {"mode": "immediate", "frame": {"duration": 0, "redraw": True}, "transition": {"duration": 0}}
+    buttons = [{"label": str(choice), "method": "animate", "args": [[str(choice)], move]} for choice in choices]
+    return {"buttons": buttons, "x": 0, "xanchor": "left", "y": height, "yanchor": "bottom", "pad": {"b": 0, "l": 0}, "bgcolor": "rgba(255,255,255,.9)", "bordercolor": GRID, "font": {"color": "#404040"}, "showactive": True}
+
+def _draw_optimum(figure, grid, optimum, axes, steps, kind):
+    "A dashed line in each panel; in a curve's colour where it is the optimum of that curve alone"
+    for (row, column, *color), value in optimum.items():
+        look = look_of(grid.colors.index(color[0]))["color"] if color else COLORS["optimum"]
+        line = _level(steps, float(_at(value, axes[grid.group(row, column)][0])), look, f"optimum {value:.4g} ({kind})")
+        figure.add_trace(line, *grid.place(row, column))
+    look = "#707070" if any(len(key) > 2 for key in optimum) else COLORS["optimum"]
+    if optimum: figure.add_trace(go.Scatter(x=[None], y=[None], mode="lines", name=f"optimum ({kind})", line={"color": look, "width": 1.5, "dash": "dash"}))
+
+def band_grid(
+    table:pd.DataFrame, # step, mean, low, high, and a column a parameter
+    row:str, # The parameter by rows of panels, its values as they come
+    column:str, # By columns
+    color:str, # In colour
+    choose:str|None=None, # Chosen from a list
+    optimum:Mapping[tuple, float]|None=None, # What no learner can beat, by (row, column), or by (row, column, color)
+    kind:str="exact", # Of the optimum
+    share:str="row", # Panels of a "row", a "column" or "all" have one axis of values
+    names:Mapping[Any, str]|None=None, # Of the coloured values, for the legend
+    title:str|None=None,
+    panel:int=190, # Height of one, in pixels
+) -> go.Figure:
+    "Means over training with their intervals, in small multiples"
+    grid, steps, optimum = Grid(table, row, column, color, choose, share), step_axis(np.unique(table["step"])), optimum or {}
+    axes, named = grid.axes(optimum), set()
+    figure = make_subplots(len(grid.rows), len(grid.columns), shared_xaxes=True, horizontal_spacing=.05 if share == "column" else .025, vertical_spacing=22 / (panel * len(grid.rows)), column_titles=[escape(str(c)) for c in grid.columns])
+    for cell in grid.cells:
+        for trace in _cell_traces(grid, cell, axes[grid.group(*cell[:2])], steps, names or {}, cell[2] not in named): figure.add_trace(trace, *grid.place(*cell[:2]))
+        named.add(cell[2])
+    if choose: figure.frames = [_choice(grid, axes, choice) for choice in grid.choices]
+    _draw_optimum(figure, grid, optimum, axes, steps, kind)
+    return _lay_out(figure, grid, axes, steps, title, panel, choose)
+
+def _lay_out(figure, grid, axes, steps, title, panel, choose):
+    "Axes, margins, the names of the rows, the list and the legend above"
+    inner, top = panel * len(grid.rows), 58 + 26 * (title is not None) + 36 * (choose is not None)
+    style(figure, height=inner + top + 48, title=title).update_xaxes(**steps.layout()).update_xaxes(title_text="")
+    figure.update_xaxes(title={"text": steps.layout()["title"]["text"], "standoff": 6}, row=len(grid.rows))
+    for row in grid.rows:
+        for column in grid.columns:
+            i, j = grid.place(row, column)
+            log, settings = axes.get(grid.group(row, column), (False, {}))
+            figure.update_yaxes(**settings, showticklabels=j == 1 or grid.share == "column", row=i, col=j)
+        figure.update_yaxes(title={"text": escape(str(row)), "standoff": 4}, row=grid.rows.index(row) + 1, col=1)
+    if choose: figure.update_layout(updatemenus=[_list_of(grid.choices, 1 + 52 / inner)])
+    return figure.update_layout(margin={"l": 62, "r": 24, "t": top, "b": 48}, legend={"y": 1 + 22 / inner, "x": 0, "xanchor": "left"}).update_annotations(font={"size": 13, "color": "#707070"})

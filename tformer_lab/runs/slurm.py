@@ -25,7 +25,7 @@ from filelock import FileLock
 from pydantic import ConfigDict, Field, model_validator
 from pydantic.dataclasses import dataclass
 
-from .jobs import CODES, Job
+from .jobs import BUSY, CODES, Job
 from .pool import THREAD_VARIABLES, ending
 from .store import Run
 from ..storage import FileError
@@ -144,7 +144,8 @@ class QueuedJob:
         job.set_slurm(id)
         signal.signal(signal.SIGTERM, self._hear)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, signal.valid_signals())
-        code = self._run(job)
+        while (code := self._run(job)) == CODES[BUSY]:  # a life of before may still be ending, on a node that SLURM gave up
+            while job.is_held(): time.sleep(1)
         if code and self._told and job.status == "stopped" and _is_running(id): signal.raise_signal(getattr(signal, f"SIG{JobEnvironment.USR_SIG}"))
         if code: raise RuntimeError(f"{self.name}: {job.said}")
 
