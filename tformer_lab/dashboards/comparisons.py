@@ -252,10 +252,10 @@ def _choice(grid, axes, choice):
     return go.Frame(name=str(choice), data=[go.Scatter(**trace) for trace in traces], traces=list(range(len(traces))))
 
 def _list_of(choices, height):
-    "The list to choose from, at the top left"
+    "The list to choose from, at the top right"
     move = {"mode": "immediate", "frame": {"duration": 0, "redraw": True}, "transition": {"duration": 0}}
-    buttons = [{"label": str(choice), "method": "animate", "args": [[str(choice)], move]} for choice in choices]
-    return {"buttons": buttons, "x": 0, "xanchor": "left", "y": height, "yanchor": "bottom", "pad": {"b": 0, "l": 0}, "bgcolor": "rgba(255,255,255,.9)", "bordercolor": GRID, "font": {"color": "#404040"}, "showactive": True}
+    buttons = [{"label": escape(str(choice)), "method": "animate", "args": [[str(choice)], move]} for choice in choices]
+    return {"buttons": buttons, "x": 1, "xanchor": "right", "y": height, "yanchor": "bottom", "pad": {"b": 0, "l": 0}, "bgcolor": "rgba(255,255,255,.9)", "bordercolor": GRID, "font": {"color": "#404040"}, "showactive": True}
 
 def _draw_optimum(figure, grid, optimum, axes, steps, kind):
     "A dashed line in each panel; in a curve's colour where it is the optimum of that curve alone"
@@ -291,15 +291,17 @@ def band_grid(
     return _lay_out(figure, grid, axes, steps, title, panel, choose)
 
 def _lay_out(figure, grid, axes, steps, title, panel, choose):
-    "Axes, margins, the names of the rows, the list and the legend above"
-    inner, top = panel * len(grid.rows), 58 + 26 * (title is not None) + 36 * (choose is not None)
+    "Axes, the names of the rows, and above the panels title and list in a line and the legend in one or two"
+    shown = [trace.name for trace in figure.data if trace.showlegend is not False and trace.mode != "none"]
+    lines = -(-sum(52 + 7 * len(name) for name in shown) // 640)  # of the legend on a page's width
+    inner, legend = panel * len(grid.rows), 24 + 20 * lines
+    top = legend + 10 + 44 * (choose is not None or title is not None)
     style(figure, height=inner + top + 48, title=title).update_xaxes(**steps.layout()).update_xaxes(title_text="")
     figure.update_xaxes(title={"text": steps.layout()["title"]["text"], "standoff": 6}, row=len(grid.rows))
     for row in grid.rows:
         for column in grid.columns:
             i, j = grid.place(row, column)
-            log, settings = axes.get(grid.group(row, column), (False, {}))
-            figure.update_yaxes(**settings, showticklabels=j == 1 or grid.share == "column", row=i, col=j)
+            figure.update_yaxes(**axes.get(grid.group(row, column), (False, {}))[1], showticklabels=j == 1 or grid.share == "column", row=i, col=j)
         figure.update_yaxes(title={"text": escape(str(row)), "standoff": 4}, row=grid.rows.index(row) + 1, col=1)
-    if choose: figure.update_layout(updatemenus=[_list_of(grid.choices, 1 + 52 / inner)])
+    if choose: figure.update_layout(updatemenus=[_list_of(grid.choices, 1 + (legend + 8) / inner)])
     return figure.update_layout(margin={"l": 62, "r": 24, "t": top, "b": 48}, legend={"y": 1 + 22 / inner, "x": 0, "xanchor": "left"}).update_annotations(font={"size": 13, "color": "#707070"})
