@@ -230,6 +230,14 @@ def _notebook_name(given, notebook):
     return _named(label, key_of({"notebook": notebook.name, **given}, code_version(notebook)))
 
 # %% ../../nbs/runs/jobs.ipynb #79e6a1f0
+_PROBLEMS = 20  # that are told at once
+
+def _refusal(wrong, of):
+    "Each problem once, with the first combination that has it"
+    told = [f"{given[0]}{f' and {len(given) - 1} more' if len(given) > 1 else ''}:\n  " + problem.replace("\n", "\n  ") for problem, given in wrong.items()]
+    more = [f"and {len(told) - _PROBLEMS} more problems"] if len(told) > _PROBLEMS else []
+    return "\n".join([f"{sum(map(len, wrong.values()))} of {of} combinations cannot be, so nothing was started", *told[:_PROBLEMS], *more])
+
 def plan_jobs(
     notebook:str|Path|None, # None: `fit` alone
     combinations:Iterable[Mapping[str, Any]], # Parameters by name
@@ -237,8 +245,8 @@ def plan_jobs(
 ) -> dict[Job, dict[str, Any]]: # Parameters by job, each job once; nothing is written. Raises ParameterError or FileError
     "Check all combinations, and name their jobs"
     notebook = None if notebook is None else Path(notebook).absolute()
-    names = {"task", *_PLACES} if notebook is None else notebook_parameters(notebook)
-    found, wrong = {}, []
+    names, combinations = {"task", *_PLACES} if notebook is None else notebook_parameters(notebook), list(combinations)
+    found, wrong = {}, {}
     for given in combinations:
         try:
             taken = sorted(_PLACES & given.keys())
@@ -246,9 +254,9 @@ def plan_jobs(
             _check_values(given)
             if not trains(names): check_names(given, names)
             name = _training_name(given, notebook) if trains(names) else _notebook_name(given, notebook)
-        except (ParameterError, FileError) as error: wrong.append(f"{given}:\n  " + str(error).replace("\n", "\n  "))
+        except (ParameterError, FileError) as error: wrong.setdefault(str(error), []).append(given)
         else: found.setdefault(name, dict(given))
-    if wrong: raise ParameterError(f"{len(wrong)} of {len(wrong) + len(found)} combinations cannot be, so nothing was started\n" + "\n".join(wrong[:5]) + ("\n…" if len(wrong) > 5 else ""))
+    if wrong: raise ParameterError(_refusal(wrong, len(combinations)))
     return {Job(runs_dir, name): parameters for name, parameters in found.items()}
 
 # %% ../../nbs/runs/jobs.ipynb #81d98977
