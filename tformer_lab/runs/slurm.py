@@ -130,11 +130,12 @@ class QueuedJob:
         runs_dir:str,
         name:str,
         flags:list[str], # Of `python -m tformer_lab.runs.jobs`
-        seconds:float, # After which a signal may mean that the time is up
+        limit:float, # Seconds that SLURM gives it
+        grace:float, # Of these, how many are for saving
         step:int=0, # Where the run was when it was put back into the queue
         in_vain:int=0, # How often its time was up, and it had come no further
     ):
-        self.runs_dir, self.name, self.flags, self.seconds, self.step, self.in_vain = runs_dir, name, flags, seconds, step, in_vain
+        self.runs_dir, self.name, self.flags, self.limit, self.grace, self.step, self.in_vain = runs_dir, name, flags, limit, grace, step, in_vain
         self._process, self._told = None, False
 
     def __call__(self) -> None: # Raises RuntimeError where the job did not get done
@@ -162,15 +163,16 @@ class QueuedJob:
     def checkpoint(self): # What submitit puts back into the queue; None for nothing
         "Let the run be saved"
         from submitit.helpers import DelayedSubmission
+        told = time.monotonic()
         if self._process is not None:
             self._process.terminate()
-            while not _has_ended(self._process): time.sleep(.1)  # SLURM ends it if it takes too long
+            while not _has_ended(self._process) and time.monotonic() - told < max(self.grace / 2, self.grace - 30): time.sleep(.1)
         job = Job(self.runs_dir, self.name)
-        step, is_up = _step(job), time.monotonic() - self._began > self.seconds
+        step, is_up = _step(job), told - self._began > self.limit - self.grace - 60  # SLURM says it up to a minute early
         in_vain = (self.in_vain + 1 if step <= self.step else 0) if is_up else self.in_vain
         if in_vain > 1 and job.status != "done": job.say("failed", error=f"its time was up twice, and it was still at step {step}: give it more time")
         if job.status == "failed": return None
-        return DelayedSubmission(QueuedJob(self.runs_dir, self.name, self.flags, self.seconds, step, in_vain))
+        return DelayedSubmission(QueuedJob(self.runs_dir, self.name, self.flags, self.limit, self.grace, step, in_vain))
 
 # %% ../../nbs/runs/slurm.ipynb #93d7f27c
 _HOLDING = "import os, signal, sys; signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2]); os.execv(sys.executable, [sys.executable, *sys.argv[1:]])"
@@ -209,21 +211,23 @@ def _largest_array():
 def _submit(jobs, options, name, flags):
     "The id of each job, which is in the queue then"
     from submitit.core.utils import FailedJobError, FailedSubmissionError
-    seconds = 60 * minutes(options.time) - options.grace - 60  # SLURM says it up to a minute early
     size = _largest_array()
     parts = [jobs[start:start + size] for start in range(0, len(jobs), size)]
     executor = _executor(options, name, math.ceil(options.at_once / len(parts)))
     for part in parts:
         try:
-            with _outside_of_jobs(executor.parameters), redirect_stderr(StringIO()): there = executor.submit_array([QueuedJob(str(job.runs_dir), job.name, flags, seconds) for job in part])
+            with _outside_of_jobs(executor.parameters), redirect_stderr(StringIO()): there = executor.submit_array([QueuedJob(str(job.runs_dir), job.name, flags, 60 * minutes(options.time), options.grace) for job in part])
         except (FailedJobError, FailedSubmissionError) as error: raise SlurmError(str(error).strip()) from None
         for job, queued_job in zip(part, there): job.set_slurm(queued_job.job_id)
 
-def _settled(ids):
+def _settled(jobs):
     "The queue, once none of these jobs is about to leave it; after a minute in any case"
     deadline = time.monotonic() + 60
-    while "COMPLETING" in map((alive := queued()).get, ids) and time.monotonic() < deadline: time.sleep(.5)
-    return alive
+    while True:
+        said, alive = [job.said for job in jobs], queued()
+        leaving = [said for said in said if alive.get(said.get("slurm")) == "COMPLETING" or (said["status"] in ("done", "failed") and said.get("slurm") in alive)]
+        if not leaving or time.monotonic() > deadline: return alive
+        time.sleep(.5)
 
 def submit(
     jobs:Iterable[Job],
@@ -238,7 +242,7 @@ def submit(
     flags = [*(["--in-process"] if in_process else []), *(["--retry"] if retry else [])]
     (jobs[0].runs_dir / "jobs").mkdir(parents=True, exist_ok=True)
     with FileLock(jobs[0].runs_dir / "jobs/.submit.lock"):
-        alive = _settled({job.said.get("slurm") for job in jobs})
+        alive = _settled(jobs)
         before = {job: said for job in jobs if (said := job.said).get("slurm") not in alive and said["status"] not in ({"done"} if retry else {"done", "failed"}) and not job.is_held()}
         if not before: return []
         for job in before: job.say("submitted")  # first, since a job may start at once and say so
@@ -277,7 +281,7 @@ def cancel(
     alive = queued()
     ids = {job: id for job, id in ids.items() if id in alive}
     for start in range(0, len(ids), 500): _ask("scancel", "--quiet", *list(ids.values())[start:start + 500])
-    _settled(set(ids.values()))
+    _settled(ids)
     for job in ids:
         if job.status in ("submitted", "stopped"): job.say("stopped", error="cancelled")
     return len(ids)
