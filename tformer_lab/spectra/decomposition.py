@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sized
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -21,9 +21,9 @@ from torch import Tensor
 from .matrices import Product
 
 # %% auto #0
-__all__ = ['CHUNK_BYTES', 'SMALL', 'AWAY', 'gram_values', 'work_bytes', 'is_large', 'rank_bound', 'single_threaded', 'each',
-           'stack_sizes', 'MatrixSpectrum', 'chunks', 'read_spectra', 'checked_shape', 'checked_shapes',
-           'singular_values', 'singular_vectors']
+__all__ = ['CHUNK_BYTES', 'LITTLE', 'SMALL', 'AWAY', 'gram_values', 'work_bytes', 'is_large', 'rank_bound', 'single_threaded',
+           'each', 'gram_work', 'stack_sizes', 'MatrixSpectrum', 'chunks', 'read_spectra', 'checked_shape',
+           'checked_shapes', 'singular_values', 'singular_vectors']
 
 # %% ../../nbs/spectra/decomposition.ipynb #4135037f
 def _smaller_gram(x):
@@ -134,6 +134,7 @@ def _float64(matrix):
 def _blas():
     return threadpoolctl.ThreadpoolController().select(user_api="blas")
 
+LITTLE = 2**24  # multiplications, up to which a second thread takes longer to start than it saves
 _LIMITS, _LOCK = [], Lock()  # what each caller found; who leaves restores what the last one found, so that the last to leave restores what was there at first
 
 @contextmanager
@@ -154,21 +155,24 @@ def _as_worker():
 
 def each(
     function, # Of one item
-    items:list,
+    items:Iterable, # Those that an iterator makes are made while the calls of earlier ones run
     size:float=1, # Bytes that a call needs
     done=None, # Called in the caller's thread with each item whose result is there, in order
+    work:float=math.inf, # Multiplications of all calls; little work has one thread
 ) -> list: # What the function returns, in the order of the items
     "A function of each item without gradients, on one thread each, as many at once as torch has threads and a chunk has room for; what alone takes more than a chunk has all threads"
+    both = lambda item: (item, function(item))
     if size > CHUNK_BYTES:
-        with torch.no_grad(): return _collected(map(function, items), items, done)
-    workers = max(1, min(torch.get_num_threads(), len(items), CHUNK_BYTES // max(1, size)))
+        with torch.no_grad(): return _collected(map(both, items), done)
+    most = 1 if work <= LITTLE else len(items) if isinstance(items, Sized) else math.inf
+    workers = max(1, min(torch.get_num_threads(), most, CHUNK_BYTES // max(1, size)))
     with single_threaded(), torch.no_grad():
-        if workers == 1: return _collected(map(function, items), items, done)
-        with ThreadPoolExecutor(workers, initializer=_as_worker) as pool: return _collected(pool.map(function, items), items, done)
+        if workers == 1: return _collected(map(both, items), done)
+        with ThreadPoolExecutor(workers, initializer=_as_worker) as pool: return _collected(pool.map(both, items), done)
 
-def _collected(results, items, done):
+def _collected(pairs, done):
     found = []
-    for item, result in zip(items, results):
+    for item, result in pairs:
         found.append(result)
         if done is not None: done(item)
     return found
@@ -177,12 +181,20 @@ def _collected(results, items, done):
 SMALL = 96  # up to this many singular values of a matrix a call costs so much that there is but one for each thread
 AWAY = 500  # singular values of a call, beyond which numpy gives way to other threads
 
+def gram_work(
+    rows:int,
+    columns:int,
+) -> int: # Multiplications
+    "What the smaller Gram matrix takes, a measure of the whole work on a matrix"
+    return rows * columns * min(rows, columns)
+
 def stack_sizes(
     shape:tuple[int, int], # Rows and columns of every matrix
     n:int, # Matrices
 ) -> list[int]: # n in parts
-    "How many matrices of one shape go through one call: all that a thread gets of small ones, four or more of larger ones, fewer where they would fill a chunk"
-    most = max(1, -(-n // torch.get_num_threads())) if min(shape) <= SMALL else max(4, AWAY // min(shape) + 1)
+    "How many matrices of one shape go through one call: all where there is little to do, all that a thread gets of small ones, four or more of larger ones, fewer where they would fill a chunk"
+    if n * gram_work(*shape) <= LITTLE: most = max(1, n)
+    else: most = -(-n // torch.get_num_threads()) if min(shape) <= SMALL else max(4, AWAY // min(shape) + 1)
     most = min(most, max(1, CHUNK_BYTES // max(1, work_bytes(*shape))))
     return [min(most, n - start) for start in range(0, n, most)]
 
@@ -253,7 +265,8 @@ def _stacks(matrices):
 
 def _on_cpu(matrices):
     stacks = _stacks(matrices)
-    found = each(lambda stack: _stack_spectra([matrices[i] for i in stack]), stacks, len(stacks[0]) * work_bytes(*matrices[stacks[0][0]].shape))
+    room = len(stacks[0]) * work_bytes(*matrices[stacks[0][0]].shape)
+    found = each(lambda stack: _stack_spectra([matrices[i] for i in stack]), stacks, room, work=sum(gram_work(*matrix.shape) for matrix in matrices))
     by_place = {i: s for stack, spectra in zip(stacks, found) for i, s in zip(stack, spectra)}
     return [by_place[i] for i in range(len(matrices))]
 

@@ -114,11 +114,12 @@ class Workspace(threading.local):
         entries:int, # Of each
         rank:int,
         dtype:torch.dtype,
-    ) -> tuple: # Tensor [n, entries], Gram matrices [n, rank, rank] of that type and in float64, as they were left
+    ) -> tuple: # Tensor [n, entries], Gram matrices [n, rank, rank] of that type and in float64 (in float64 the same), as they were left
         "Room for a stack of matrices"
         if self.size != (n, entries, rank, dtype):
             self.size = self.held = None
-            self.held = torch.empty(n, entries, dtype=dtype, device="cpu"), torch.empty(n, rank, rank, dtype=dtype, device="cpu").numpy(), np.empty((n, rank, rank))
+            gram = torch.empty(n, rank, rank, dtype=dtype, device="cpu").numpy()
+            self.held = torch.empty(n, entries, dtype=dtype, device="cpu"), gram, gram if dtype == torch.float64 else np.empty((n, rank, rank))
             self.size = n, entries, rank, dtype
         return self.held
 
@@ -141,10 +142,11 @@ def _from_grams(matrix, orders, space):
     x, gram, gram64 = space.arrays(len(orders), len(entries), short, dtype)
     for row, order in zip(x, orders): torch.index_select(entries, 0, order, out=row)
     stack = x.numpy().reshape(len(orders), *matrix.shape)
-    gram64[:] = np.matmul(stack, stack.mT, out=gram) if matrix.shape[0] == short else np.matmul(stack.mT, stack, out=gram)
+    np.matmul(*(stack, stack.mT) if matrix.shape[0] == short else (stack.mT, stack), out=gram)
+    if gram is not gram64: gram64[:] = gram
     s = np.sqrt(np.maximum(np.linalg.eigvalsh(gram64), 0))[:, ::-1]
     norm = float(torch.linalg.vector_norm(entries, dtype=torch.float64)) * 2.**-power
-    return s * (norm / np.linalg.norm(s, axis=-1, keepdims=True)), np.finfo(gram.dtype).eps * s[:, 0]**2 < TOLERANCE * s[:, -1]**2
+    return s * (norm / np.linalg.norm(s, axis=-1, keepdims=True)), np.finfo(gram.dtype).eps * s[:, 0]**2 < 2 * TOLERANCE * s[:, -1]**2  # of the square, of which a root has half the relative error
 
 def _drawn(matrix, orders, space):
     "[orders, rank] Singular values of a matrix with its entries in each order"
@@ -170,17 +172,23 @@ def _parts(matrix, draws):
     ends = np.cumsum(stack_sizes(matrix.shape, draws)).tolist()
     return zip([0, *ends], ends)
 
+def _with_orders(calls, orders):
+    "Name and permutations of each call, which are drawn when its turn comes"
+    drawn = []
+    for name, start, end in calls:
+        drawn += islice(orders, max(0, end - len(drawn)))
+        yield name, drawn[start:end]
+
 def _draw(matrices, draws, seed, space, done):
     "By name the singular values [some draws, rank] of matrices in memory, in order"
     for (alone, sizes), names in _alike(matrices).items():
         orders = zip(*(_permutations(entries, draws, seed + i) for i, entries in enumerate(sizes)))
-        while some := list(islice(orders, max(1, CHUNK_BYTES // (8 * sum(sizes) or 1)))):
-            calls = sorted(((name, start, end) for name in names for start, end in _parts(matrices[name], len(some))), key=lambda call: call[1])  # a permutation stays in the cache
-            drawn = lambda call: _drawn(matrices[call[0]], some[call[1]:call[2]], space)
-            tick = lambda call: done(call[2] - call[1])
+        most = max(1, CHUNK_BYTES // (8 * sum(sizes) or 1))
+        for some in (min(most, draws - start) for start in range(0, draws, most)):
+            calls = sorted(((name, start, end) for name in names for start, end in _parts(matrices[name], some)), key=lambda call: call[1])  # a permutation stays in the cache
             room = math.inf if alone else max((end - start) * work_bytes(*matrices[name].shape) for name, start, end in calls)
-            for (name, _, _), s in zip(calls, each(drawn, calls, room, tick)): yield name, s
-            some = None  # room for the next permutations
+            drawn = lambda call: (call[0], _drawn(matrices[call[0]], call[1], space))
+            yield from each(drawn, _with_orders(calls, orders), room, lambda call: done(len(call[1])))
 
 def permutation_nulls(
     matrices:Mapping[str, Tensor|Product], # [rows, columns] by name; values may be read when asked for

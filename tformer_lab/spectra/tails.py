@@ -45,6 +45,10 @@ def _sample(x, precision=None):
     if rows.shape[1]: rows = torch.where(rows > _floor(rows, precision), rows, 0.)
     return rows, x.shape[:-1], broken
 
+def _logs(values):
+    "Logarithms by numpy: torch's have a second thread for any number of values, which then runs idle for a while and slows down what comes next"
+    with np.errstate(divide="ignore"): return torch.from_numpy(np.log(values.numpy()))
+
 def _floor(rows, precision):
     "[B, 1] What eigenvalues of a matrix are when they are zero to the precision of its entries and of the decomposition"
     largest = rows[:, :1]
@@ -61,7 +65,7 @@ def hill(
 ) -> np.ndarray: # [..., n - 1] exponent of the density, for k = 1, 2, ...; NaN where X_(k+1) is zero or the k values are all equal to it
     "Hill's estimator for every number of values above the threshold"
     values, lead, broken = _sample(x)
-    logs = values.log()
+    logs = _logs(values)
     if logs.shape[1] < 2: return np.full((*lead, max(logs.shape[1] - 1, 0)), np.nan)
     k = torch.arange(1, logs.shape[1], dtype=torch.float64)
     mean_excess = logs[:, :-1].cumsum(-1) / k - logs[:, 1:]
@@ -149,7 +153,7 @@ class Scan:
     distances:torch.Tensor # [B, n] Kolmogorov-Smirnov distances, infinite where a value is no candidate
 
 def _scan(values, log_xmax=None, resolution=0.):
-    logs = values.log()
+    logs = _logs(values)
     counts, last = _counts(logs)
     slopes = _slopes(logs, counts, log_xmax)
     positive = logs > -torch.inf
@@ -189,12 +193,12 @@ def _given(values, xmin, log_xmax):
     "The same columns for a threshold that was given"
     tail = values >= xmin
     count = tail.sum(-1).double()
-    excess = torch.where(tail, values.clamp_min(xmin).log() - math.log(xmin), 0.)
+    excess = torch.where(tail, _logs(values.clamp_min(xmin)) - math.log(xmin), 0.)
     mean = excess.sum(-1) / count
     b = 1 / mean if log_xmax is None else _truncated_slopes(mean, torch.full_like(mean, log_xmax - math.log(xmin)))
     counts, _ = _counts(values)
     start = torch.full((len(values), 1), math.log(xmin), dtype=torch.float64)
-    ks = _block_distances(torch.where(tail, values, xmin).log(), start, b[:, None], (counts / count[:, None]).clamp_max(1.)[:, None, :], log_xmax)[:, 0]
+    ks = _block_distances(_logs(torch.where(tail, values, xmin)), start, b[:, None], (counts / count[:, None]).clamp_max(1.)[:, None, :], log_xmax)[:, 0]
     return {"xmin": np.full(len(values), xmin), "b": b.numpy(), "ks": torch.where(count >= SMALLEST_TAIL, ks, torch.inf).numpy(), "n_tail": count.numpy()}
 
 # %% ../../nbs/spectra/tails.ipynb #85eef55e
