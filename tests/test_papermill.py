@@ -160,14 +160,14 @@ def test_parameters_cell_declares_every_field_of_trainer_and_built_in_tasks():
     [cell] = [cell for cell in nbformat.read(NOTEBOOK, 4).cells if "parameters" in cell.metadata.get("tags", [])]
     values = {target.id: ast.literal_eval(line.value) for line in ast.parse(cell.source).body for target in line.targets}
     built_in = [task_class(name) for name, where in TASKS.items() if str(where).startswith("tformer_lab.")]
-    assert sorted(values) == sorted({"task", "runs_dir", "name", "resume"} | {f.name for kind in (Trainer, *built_in) for f in fields(kind)})
+    assert sorted(values) == sorted({"task", "runs_dir", "name", "resume", "tracking"} | {f.name for kind in (Trainer, *built_in) for f in fields(kind)})
     assert values.pop("task") == "recall" and set(values.values()) == {None}
 
 
 WRONG = {"lrr 0.5": "there is no parameter 'lrr'; did you mean 'lr'?", "lr -1": "lr = -1: it should be greater than 0", "lr fast": "lr = 'fast': it should be a valid number",
          "noise 1.5": "noise = 1.5: it should be less than 1", "d_model 64": "d_model is 64", "steps True": "steps = True: it should be int",
          "attention sofmax": "'linear', 'softmax' or 'relu'; did you mean 'softmax'?", "task reccall": "there is no task 'reccall'; did you mean 'recall'?",
-         "resume nowhere": "nowhere is no run", "name ../mine": "'../mine' is no name for a run"}
+         "resume nowhere": "nowhere is no run", "name ../mine": "'../mine' is no name for a run", "tracking mlfow": "did you mean 'mlflow'?"}
 
 
 @pytest.fixture(scope="module")

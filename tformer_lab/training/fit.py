@@ -10,6 +10,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,16 +24,17 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from ..runs.store import Run, RunError, RunWriter, check_name, default_runs_dir, read_state, shown, unique_name
+from ..runs.tracking import check_mlflow, tracked
 from ..spectra.history import record
 from ..spectra.matrices import weight_matrices
 from ..tasks.task import Task, task_class
 from .optimizers import make_optimizer
-from .parameters import ParameterError, Trainer, build, check_names, field_names, resolve, trainer_for
+from .parameters import ParameterError, Trainer, build, check_names, did_you_mean, field_names, resolve, trainer_for
 
 # %% auto #0
 __all__ = ['POPULATION_SIZE', 'POPULATION_STREAM', 'log_spaced', 'spaced', 'map_batch', 'Batches', 'StopRequest', 'MetricsLog',
            'make_accelerator', 'default_threads', 'Session', 'Loop', 'own_label', 'label', 'describe', 'announce',
-           'resumed', 'check_same', 'fit', 'Job', 'prepare']
+           'resumed', 'check_same', 'check_tracking', 'fit', 'Job', 'prepare']
 
 # %% ../../nbs/training/fit.ipynb #9e989a88
 def log_spaced(
@@ -388,6 +390,14 @@ def check_same(
             if name not in _FREE and kept[name] != value: raise ParameterError(f"{name} = {value!r}: {run.name} was begun with {kept[name]!r}, and goes on only with that")
 
 # %% ../../nbs/training/fit.ipynb #80f934fd
+def check_tracking(
+    tracking:Any, # "mlflow", or None
+) -> None: # Raises ParameterError, or ModuleNotFoundError where MLflow is missing
+    "Refuse what tracks nothing"
+    if tracking not in (None, "mlflow"): raise ParameterError(f"tracking = {tracking!r}: it should be 'mlflow' or None{did_you_mean(tracking, ['mlflow'])}")
+    if tracking: check_mlflow()
+
+# %% ../../nbs/training/fit.ipynb #4e3bec72
 def fit(
     task:Task,
     trainer:Trainer|None=None, # How to train; None: the task's defaults and what follows by name
@@ -396,25 +406,28 @@ def fit(
     name:str|None=None, # Of the new run's own folder; None: what it is, and when
     resume:Run|None=None, # Go on with this run instead of making a new one
     progress:bool=True, # Say what will be kept, and show a bar
+    tracking:str|None=None, # "mlflow" has it tracked by `runs.tracking`
+    notebook:str|Path|None=None, # Of what is tracked: the notebook whose output shows the run
     **given, # Fields of Trainer
 ) -> Run:
     "Train a task, and record it"
     if resume is not None and name is not None: raise ParameterError(f"name = {name!r}: a run that is resumed has its name already")
     if trainer is not None and given: raise ParameterError(f"give a trainer, or its fields {sorted(given)}, not both")
+    check_tracking(tracking)
     trainer = trainer or trainer_for(task, **given)
     if resume is not None: check_same(resume, task, trainer)
     threads = torch.get_num_threads()
     with torch.random.fork_rng(), StopRequest(trainer.time_limit) as stop:
-        try: run, reason = _fit(Session(task, trainer), stop, runs_dir, name, resume, progress)
+        try: run, reason = _fit(Session(task, trainer), stop, runs_dir, name, resume, progress, tracking, notebook)
         finally: torch.set_num_threads(threads)
     if reason == "SIGINT": raise KeyboardInterrupt(f"stopped; {shown(run.path)} can be resumed" if run else "stopped")
     return run
 
-def _fit(session, stop, runs_dir, name, resume, progress):
+def _fit(session, stop, runs_dir, name, resume, progress, tracking, notebook):
     if session.rank: return None, _go_on(session, None, stop, resume, progress)
     run = resume or Run.create(Path(runs_dir or default_runs_dir()) / (name or unique_name(label(session.task, session.trainer))), describe(session))
     if progress: print(announce(session, run.path))
-    with RunWriter(run) as writer:
+    with tracked(run, notebook) if tracking else nullcontext(), RunWriter(run) as writer:
         reason = _go_on(session, writer, stop, resume, progress)
         if reason:
             writer.close("stopped", reason)
@@ -440,7 +453,8 @@ def _restore(session, writer, run):
     return step
 
 # %% ../../nbs/training/fit.ipynb #bfbfc2c0
-_PLACES = {"runs_dir", "name", "resume"}  # of the run; the others say how to train it
+_PLACES = {"runs_dir", "name", "resume", "tracking"}  # of the run; the others say how to train it
+_PAPERMILL = {"PAPERMILL_INPUT_PATH", "PAPERMILL_OUTPUT_PATH"}  # what it adds with --inject-paths
 
 class Job(NamedTuple):
     "What `fit` needs"
@@ -448,6 +462,7 @@ class Job(NamedTuple):
     trainer:Trainer
     resume:Run|None=None # The run to go on with
     name:str|None=None # Of the new run's folder
+    notebook:str|None=None # The output notebook, where papermill has said it
 
 def _new_name(given):
     "The name that a new run is to have, checked"
@@ -460,14 +475,20 @@ def _new_name(given):
     if path.exists(): raise ParameterError(f"name = {name!r}: {shown(path)} exists already; resume it, or take another name")
     return str(name)
 
+def _output_notebook(given):
+    path = given.get("PAPERMILL_OUTPUT_PATH")
+    return path if isinstance(path, str) and "://" not in path else None  # others are no files here
+
 def prepare(
-    given:Mapping[str, Any], # A notebook's parameters by name: task, runs_dir, name, resume, and fields of the task and of Trainer
+    given:Mapping[str, Any], # A notebook's parameters by name: task, runs_dir, name, resume, tracking, and fields of the task and of Trainer
 ) -> Job: # Raises ParameterError or RunError
     "Check a notebook's parameters before anything is written"
     for place in ("runs_dir", "resume"):
         if not isinstance(given.get(place), str | Path | None): raise ParameterError(f"{place} = {given[place]!r}: it should be the path of a folder")
-    name = _new_name(given)
-    if given.get("resume") is None: return Job(*resolve(given, others=_PLACES), name=name)
+    check_tracking(given.get("tracking"))
+    name, notebook = _new_name(given), _output_notebook(given)
+    given = {name: value for name, value in given.items() if name not in _PAPERMILL}
+    if given.get("resume") is None: return Job(*resolve(given, others=_PLACES), name=name, notebook=notebook)
     run, kind = Run(given["resume"]), given.get("task")
     if kind not in (None, "recall", run.config.get("task")) and ":" not in str(kind): raise ParameterError(f"task = {kind!r}: {run.name} was begun with {run.config.get('task')!r}")
     try: own = task_class(kind) if ":" in str(kind) else None
@@ -475,4 +496,4 @@ def prepare(
     rest = {name: value for name, value in given.items() if value is not None and name not in {"task", *_PLACES}}
     task, trainer = resumed(run, own, **rest)
     check_same(run, task, trainer)
-    return Job(task, trainer, run)
+    return Job(task, trainer, run, notebook=notebook)
