@@ -657,6 +657,11 @@ def test_command_takes_what_its_arguments_say_before_its_file(tmp_path, capsys):
     assert lines[0] == "waiting    lr=0.5 steps=10 kappa=0 attention=linear seed=0" and lines[-1] == "10 runs, of which 10 are to be run"
 
 
+def test_command_that_is_called_leaves_its_callers_signals_alone(tmp_path, capsys):
+    before = signal.getsignal(signal.SIGTERM)
+    assert main(["--list", "--runs-dir", str(tmp_path)]) == 0 and signal.getsignal(signal.SIGTERM) is before
+
+
 def test_task_in_the_working_directory_is_found(tmp_path, monkeypatch):
     (tmp_path / "local_tasks.py").write_text(TASKS)
     monkeypatch.chdir(tmp_path)
@@ -850,8 +855,9 @@ def test_log_says_one_line_a_minute_and_each_failure(tmp_path):
     assert out.getvalue() == "2 waiting\nlr=0.2: failed, ValueError: no\n"
     teller.every = 0
     teller.tell(board.refresh())
-    failing.say("done")  # by a retry
-    waiting.say("done")
+    for job in (failing, waiting):  # the one by a retry
+        Run.create(job.run_path)
+        job.say("done")
     teller.tell(board.refresh(), last=True)
     assert out.getvalue().splitlines()[2:] == ["1 waiting · 1 failed", "2 done"]
 
@@ -859,7 +865,7 @@ def test_log_says_one_line_a_minute_and_each_failure(tmp_path):
 def screen(text):
     """What a terminal shows in the end."""
     lines = [""]
-    for part in re.split(r"(\x1b\[\d*[FJ]|\r?\n)", text):
+    for part in re.split(r"(\x1b\[\d*[FJ]|\r*\n)", text):
         if re.fullmatch(r"\x1b\[\d+F", part):
             keep = max(len(lines) - 1 - int(part[2:-1]), 0)
         elif part == "\x1b[J": lines = lines[:keep] + [""]

@@ -335,7 +335,7 @@ def _status(found, waited):
 def main(arguments:list[str]|None=None) -> int: # An exit status
     "The command `tformer-sweep`"
     given = _parser().parse_args(arguments)
-    signal.signal(signal.SIGTERM, _interrupt)
+    before = signal.signal(signal.SIGTERM, _interrupt)
     if "" not in sys.path: sys.path.insert(0, "")  # a task in the working directory, as the runs find it
     try:
         if given.list or given.status or given.cancel: return _look(given)
@@ -348,3 +348,4 @@ def main(arguments:list[str]|None=None) -> int: # An exit status
     except KeyboardInterrupt as stopped:
         print(str(stopped) or "stopped; the same command goes on", file=sys.stderr)
         return 3
+    finally: signal.signal(signal.SIGTERM, before)
