@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from scipy import optimize, special, stats
 
 from .decomposition import each
 from .metrics import as_spectrum
@@ -371,6 +370,7 @@ def _log_normalization(theta, kind):
 
 def _family_fit(t, kind):
     "Maximum likelihood of theta for a sample t >= 0, and the log-likelihood of each value"
+    from scipy import optimize  # half a second to import, which no training needs
     statistic = kind[0]
     unit = np.array([t.mean(), statistic(t).mean()])
     loss = lambda scaled: _log_normalization(scaled / unit, kind) + scaled.sum()  # per value; 1, 0 is the power law
@@ -422,7 +422,7 @@ def _vuong(name, power_law, other, parameters):
     difference = power_law - other
     ratio, spread = difference.sum(), math.sqrt(len(difference) * difference.var())
     normalized = ratio / spread if spread > 1e-12 else 0.
-    if name in NESTING: p = 1. if ratio >= -1e-9 else float(stats.chi2.sf(-2 * ratio, 1)) / 2
-    else: p = float(special.erfc(abs(normalized) / math.sqrt(2)))
+    if name in NESTING: p = 1. if ratio >= -1e-9 else math.erfc(math.sqrt(max(0., -ratio))) / 2  # of chi-squared with one degree of freedom
+    else: p = math.erfc(abs(normalized) / math.sqrt(2))
     favored = "undecided" if p > .05 else "power law" if ratio > 0 else name
     return name, ratio, normalized, p, favored, parameters
