@@ -163,6 +163,7 @@ class QueuedJob:
     def checkpoint(self): # What submitit puts back into the queue; None for nothing
         "Let the run be saved"
         from submitit.helpers import DelayedSubmission
+        for number in (signal.SIGUSR1, signal.SIGUSR2): signal.signal(number, signal.SIG_IGN)  # once is enough: submitit's handler does not bear a second within the first
         told = time.monotonic()
         if self._process is not None:
             self._process.terminate()
