@@ -264,8 +264,10 @@ def _kernel_config(folder):
     from traitlets.config import Config
     return Config({"KernelManager": {"transport": "ipc", "ip": f"{folder}/k"}} if os.name == "posix" else {})
 
+_WITHOUT_GRAMMAR = "import sys; sys.modules.setdefault('rfc3987_syntax', None)"  # of links, whose building takes 2 of the 2.4 seconds in which papermill is imported, and again in the kernel with plotly's first figure
+
 def _papermill():
-    sys.modules.setdefault("rfc3987_syntax", None)  # a grammar for the format of links, whose building takes 2 of papermill's 2.4 seconds to import
+    sys.modules.setdefault("rfc3987_syntax", None)
     import papermill
     return papermill
 
@@ -288,7 +290,8 @@ def execute(
     "Run a notebook through papermill"
     beside, sockets = output.with_name(f".{output.stem}.running.ipynb"), _socket_folder()
     output.parent.mkdir(parents=True, exist_ok=True)
-    try: _papermill().execute_notebook(str(source), str(beside), dict(parameters), progress_bar=False, log_output=False, autosave_cell_every=5, config=_kernel_config(sockets))
+    try: _papermill().execute_notebook(str(source), str(beside), dict(parameters), progress_bar=False, log_output=False, autosave_cell_every=5, config=_kernel_config(sockets),
+                                        extra_arguments=[f"--IPKernelApp.exec_lines={_WITHOUT_GRAMMAR}"])
     finally:
         shutil.rmtree(sockets, ignore_errors=True)
         _keep_whole(beside, output)
