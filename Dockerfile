@@ -7,9 +7,8 @@ ENV PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_ROOT_USER_ACTION=igno
 # From what changes rarely to what changes often: torch, what else is needed, the package, the notebooks
 WORKDIR /src
 COPY constraints.txt ./
-# Where torch comes from. The rest comes from PyPI, CUDA's libraries among it
+# Where torch comes from, its version being in constraints.txt. The rest comes from PyPI, CUDA's libraries among it
 ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu
-# hadolint ignore=DL3013  its version is in constraints.txt
 RUN pip install --no-deps --index-url "$TORCH_INDEX" --constraint constraints.txt torch
 
 COPY settings.ini setup.py ./

@@ -199,7 +199,7 @@ class Pod:
         self.process = subprocess.Popen(["sh", self.folder / "train.sh"], cwd=TOP, env=env, stdin=subprocess.DEVNULL, stdout=self.log, stderr=subprocess.STDOUT, start_new_session=True)
 
     def exit_code(self):
-        code = self.process.wait(120)
+        code = self.process.wait(250)
         self.log.close()
         return code
 
