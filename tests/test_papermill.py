@@ -160,7 +160,7 @@ def test_parameters_cell_declares_every_field_of_trainer_and_built_in_tasks():
     [cell] = [cell for cell in nbformat.read(NOTEBOOK, 4).cells if "parameters" in cell.metadata.get("tags", [])]
     values = {target.id: ast.literal_eval(line.value) for line in ast.parse(cell.source).body for target in line.targets}
     built_in = [task_class(name) for name, where in TASKS.items() if str(where).startswith("tformer_lab.")]
-    assert sorted(values) == sorted({"task", "runs_dir", "name", "resume", "tracking"} | {f.name for kind in (Trainer, *built_in) for f in fields(kind)})
+    assert sorted(values) == sorted({"task", "runs_dir", "name", "resume", "tracking", "PAPERMILL_OUTPUT_PATH"} | {f.name for kind in (Trainer, *built_in) for f in fields(kind)})
     assert values.pop("task") == "recall" and set(values.values()) == {None}
 
 

@@ -31,6 +31,7 @@ pytestmark = pytest.mark.timeout(300)  # a deadlock has to end, too
 TOP = Path(__file__).parents[1]
 TASK = {"vocab_size": 20, "d_model": 40, "length": 32, "test_size": 16}
 TRAINER = {"steps": 40, "checkpoints": 5, "batch_size": 16}
+NICE = Follower.nice
 LARGEST = sys.float_info.max  # what MLflow has for infinity
 
 
@@ -41,8 +42,9 @@ def no_server(monkeypatch):
 
 
 @pytest.fixture(autouse=True)
-def followers():
-    """Ends the processes that follow, which would otherwise have a minute."""
+def followers(monkeypatch):
+    """Ends the processes that follow, which would otherwise have a minute, and lets them have their share of a machine that is busy."""
+    monkeypatch.setattr(Follower, "nice", 0)
     tracking._follower.cache_clear()
     yield
     for process in following(): process.kill()
@@ -113,7 +115,7 @@ class Shown:
         return True
 
 
-def until(true, *given, seconds=120):
+def until(true, *given, seconds=250):
     """Wait for something that has to come; what is asked of a run that is not in MLflow is not true yet."""
     end = time.monotonic() + seconds
     while True:
@@ -335,6 +337,7 @@ FORKS = """
 import os, sys, time
 from tformer_lab.runs.store import Run, RunWriter
 from tformer_lab.runs.tracking import Follower
+Follower.nice = 0
 follower = Follower(sys.argv[1])
 follower.follow("a")
 follower.wait("a", 100)
@@ -375,6 +378,13 @@ def test_when_the_process_that_follows_is_killed_the_training_goes_on_and_anothe
     assert run.status == "done" and len(killed) == 30
     until(has_status, run, "FINISHED")
     assert Shown(run).has(run)
+
+
+def test_it_gives_way_to_trainings(runs, monkeypatch):
+    monkeypatch.setattr(Follower, "nice", NICE)
+    with Follower(runs) as follower:
+        follower.follow("a")
+        until(lambda: psutil.Process(follower._process.pid).nice() > psutil.Process().nice())
 
 
 def test_it_ends_when_there_has_been_nothing_to_do_and_not_before(runs):
@@ -526,3 +536,17 @@ def test_a_process_that_hangs_is_not_waited_for(tmp_path):
     for name in range(3000): follower.follow(f"{'long' * 40}{name}")  # more than a pipe takes
     assert "nothing was heard" in follower.wait("a", .1) and "nothing was heard" in follower.close(.1)
     follower._process.kill()
+
+
+def test_papermill_hands_over_its_output_notebook_when_it_is_complete(runs):
+    notebook = runs.parent / "out.ipynb"
+    given = {"tracking": "mlflow", "runs_dir": runs, "name": "a", "steps": 20, "checkpoints": 2, "length": 16, "batch_size": 8}
+    own = {"IPYTHONDIR": runs.parent / "ipython", "JUPYTER_RUNTIME_DIR": runs.parent / "runtime", "JUPYTER_CONFIG_DIR": runs.parent / "config"}
+    done = subprocess.run([sys.executable, "-m", "papermill", "nbs/train.ipynb", str(notebook), "--inject-output-path", *(str(part) for name, value in given.items() for part in ("-p", name, value))],
+                          cwd=TOP, capture_output=True, text=True, env={**os.environ, **{name: str(path) for name, path in own.items()}})
+    assert done.returncode == 0, done.stderr
+    assert "unknown parameter" not in done.stderr.lower()
+    until(lambda: any(stored.read_bytes() == notebook.read_bytes() for stored in (runs / "mlartifacts").rglob("out.ipynb")))
+    assert json.loads(notebook.read_text())["metadata"]["papermill"]["end_time"]
+    run = Run(runs / "a")
+    assert Shown(run).status == "FINISHED" and Shown(run).has(run)

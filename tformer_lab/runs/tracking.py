@@ -30,7 +30,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from filelock import FileLock, Timeout
 
-from .store import MetricsFile, Run, RunError, check_name, default_runs_dir, shown
+from .store import Run, RunError, check_name, default_runs_dir, shown
 from ..storage import FileError, step_files
 
 if TYPE_CHECKING:
@@ -38,8 +38,8 @@ if TYPE_CHECKING:
 
 # %% auto #0
 __all__ = ['check_mlflow', 'tracking_uri', 'mlflow_settings', 'Server', 'connect', 'mlflow_name', 'run_parameters', 'run_key',
-           'run_tags', 'Stream', 'record_stream', 'spectra_stream', 'created', 'find_or_create', 'Mirror', 'push',
-           'track', 'Pauses', 'Watch', 'follow_lines', 'Deadline', 'last_pushes', 'main', 'Follower', 'tracked']
+           'run_tags', 'Stream', 'Lines', 'record_stream', 'spectra_stream', 'created', 'find_or_create', 'Mirror',
+           'push', 'track', 'Pauses', 'Watch', 'follow_lines', 'Deadline', 'last_pushes', 'main', 'Follower', 'tracked']
 
 # %% ../../nbs/runs/tracking.ipynb #71ae5f1f
 def check_mlflow() -> None: # Raises ModuleNotFoundError
@@ -197,12 +197,43 @@ class Stream:
         return "behind" if self.count < there else "same" if there == 0 or self.state == state else "other"
 
 # %% ../../nbs/runs/tracking.ipynb #dbcc7775
+class Lines:
+    "The lines of a file that grows, from where the last reader stopped"
+    def __init__(self, path:Path): self.path, self._offset, self._last = Path(path), 0, b""
+
+    def read(self,
+        start:int, # 0: from the beginning
+    ) -> Iterator[bytes]:
+        "Whole lines"
+        if start == 0: self._offset, self._last = 0, b""
+        if not self.path.exists(): return
+        with open(self.path, "rb") as f:
+            f.seek(self._offset)
+            for line in f:
+                if not line.endswith(b"\n"): return
+                self._offset, self._last = self._offset + len(line), line
+                yield line
+
+    @property
+    def cut(self) -> bool:
+        "Has what was read been replaced?"
+        if not self._offset: return False
+        with open(self.path, "rb") as f:
+            f.seek(self._offset - len(self._last))
+            return f.read(len(self._last)) != self._last
+
+def _record_points(line):
+    "A record's step and metrics"
+    try: row = json.loads(line)
+    except ValueError: row = None
+    if not isinstance(row, dict) or not isinstance(row.get("step"), int): raise RunError(f"metrics.jsonl: a line is no record: {line[:60]!r}")
+    return row["step"], {mlflow_name(name): float(value) for name, value in row.items() if name != "step" and isinstance(value, int | float)}
+
 def record_stream(
-    file:MetricsFile,
+    lines:Lines, # Of metrics.jsonl
 ) -> Stream:
     "The records of a run"
-    def points(row): return row["step"], {mlflow_name(name): float(value) for name, value in row.items() if name != "step" and isinstance(value, int | float)}
-    return Stream("tformer_lab.records", lambda start: islice(file.rows(), start, None), lambda row: json.dumps(row, sort_keys=True).encode(), points)
+    return Stream("tformer_lab.records", lines.read, bytes, _record_points)
 
 def spectra_stream(
     run:Run,
@@ -256,22 +287,22 @@ class Mirror:
         server:Server,
     ):
         self.run, self._server, self.client = Run(path), server, server.client
-        self._file, self._began = MetricsFile(self.run.path / "metrics.jsonl"), created(self.run)
-        self._streams = [record_stream(self._file), spectra_stream(self.run)]
-        self._id, self._rows, self._tags, self._end = None, None, {}, (None, None)
+        self._lines, self._began = Lines(self.run.path / "metrics.jsonl"), created(self.run)
+        self._streams = [record_stream(self._lines), spectra_stream(self.run)]
+        self._id, self._ready, self._tags, self._end = None, False, {}, (None, None)
 
     def push(self,
         notebook:str|Path|None=None, # The notebook whose output shows this run
     ) -> int: # Records and checkpoints that are new
         "Tell MLflow what it does not know yet"
-        said, rows = self.run.status_details, self._file.rows()
+        said = self.run.status_details  # before the records: where it is an end, they are all there
         running = said["status"] not in _STATUSES
-        ready = self._id is not None and rows is self._rows  # other rows: the file was cut
-        if not ready: ready = self._find(running)
-        self._rows = rows if ready else None
+        ready = self._ready and not self._lines.cut or self._find(running)
+        self._ready = False  # after an error everything is looked at anew
         count = sum(map(self._push, self._streams)) if ready else 0
         self._tell(said, notebook)
         if not running: self._upload()
+        self._ready = ready
         return count
 
     def _find(self, running): # -> may more be appended?
@@ -313,7 +344,7 @@ class Mirror:
         elif self._tags.pop("error", None): self.client.delete_tag(self._id, "error")
         status = _STATUSES.get(said["status"], "RUNNING")
         when = said.get("updated") if said["status"] != "interrupted" else None  # nobody was left to say it
-        end = status, None if status == "RUNNING" else _milliseconds(when, self._file.path)
+        end = status, None if status == "RUNNING" else _milliseconds(when, self._lines.path)
         if status == "RUNNING" != self._end[0]: self.client.update_run(self._id, status)
         elif status != "RUNNING" and end != self._end: self.client.set_terminated(self._id, *end)
         self._end = end
@@ -537,10 +568,11 @@ def main(
                                      "each with a tab and the path of its notebook where it has one; writes a line for each, with a tab and why MLflow does not know all of it yet.")
     parser.add_argument("--runs-dir", help="folder of the runs (default: TFORMER_RUNS, or runs at the top of the project)")
     parser.add_argument("--parent", type=int, default=os.getppid(), help="process that is needed (default: the one that began this)")
+    parser.add_argument("--nice", type=int, default=10, help="how far to give way to other processes (default: %(default)s)")
     given, lines = parser.parse_args(arguments), queue.SimpleQueue()
     logging.basicConfig(format="%(asctime)s %(message)s", stream=sys.stderr)
     for number in (signal.SIGTERM, signal.SIGINT): signal.signal(number, lambda *_: lines.put(None))
-    with suppress(OSError, AttributeError): os.nice(10)
+    with suppress(OSError, AttributeError): os.nice(given.nice)
     threading.Thread(target=_read, args=(open(0, "rb", buffering=0, closefd=False), lines), daemon=True).start()
     watch, needed = Watch(given.runs_dir or default_runs_dir()), lambda: os.getppid() == given.parent
     follow_lines(watch, lines, _write_line, needed)
@@ -559,6 +591,8 @@ if __name__ == "__main__" and globals().get("__spec__"): sys.exit(main())  # pyt
 # %% ../../nbs/runs/tracking.ipynb #2b3ba8ba
 class Follower:
     "Hands runs to a process that pushes them to MLflow; raises ModuleNotFoundError where that is missing"
+    nice = 10 # how far the process gives way to others
+
     def __init__(self,
         runs_dir:str|Path|None=None, # Folder of the runs; None: see `default_runs_dir`
     ):
@@ -600,7 +634,7 @@ class Follower:
 
     def _start(self):
         self._lines, self._answers, self._asked = queue.SimpleQueue(), [], 0
-        command = [sys.executable, "-m", "tformer_lab.runs.tracking", "--runs-dir", str(self.runs_dir), "--parent", str(os.getpid())]
+        command = [sys.executable, "-m", "tformer_lab.runs.tracking", "--runs-dir", str(self.runs_dir), "--parent", str(os.getpid()), "--nice", str(self.nice)]
         quiet = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": os.pathsep.join(filter(None, [str(Path(find_spec("tformer_lab").origin).parents[1]), os.environ.get("PYTHONPATH")]))}
         alone = {"process_group": 0} if os.name == "posix" else {}  # what interrupts the training is not for this
         try:
@@ -642,7 +676,7 @@ def _write(process, lines, answers):
 
 # %% ../../nbs/runs/tracking.ipynb #411f8c25
 @lru_cache
-def _follower(folder, uri, pid): return Follower(folder)  # a forked child has another pid, and no thread that hands lines over
+def _follower(folder, *where): return Follower(folder)  # a forked child has another pid, and no thread that hands lines over
 
 @contextmanager
 def tracked(
@@ -652,7 +686,7 @@ def tracked(
     say:Callable[[str], None]=print, # Takes why MLflow does not know all of the run
 ) -> Iterator[None]:
     "Follow a run for as long as this lasts, however it ends"
-    follower = _follower(run.path.absolute().parent, tracking_uri(run.path.parent), os.getpid())
+    follower = _follower(run.path.absolute().parent, tracking_uri(run.path.parent), os.environ.get("MLFLOW_EXPERIMENT_NAME"), os.getpid())
     follower.follow(run.name, notebook)
     try: yield
     finally:
