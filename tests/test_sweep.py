@@ -142,12 +142,14 @@ def light(place):
 
 class Command:
     """A `tformer-sweep` of its own."""
-    def __init__(self, runs, *arguments, **env):
-        self.runs, self.log = runs, runs.parent / f"{runs.name}.{time.monotonic_ns()}.log"
-        own = {**os.environ, "JUPYTER_RUNTIME_DIR": str(runs.parent / "runtime"), **{name: str(value) for name, value in env.items()}}
+    def __init__(self, runs, *arguments, folder=None, **env):
+        folder = folder or runs.parent
+        self.runs, self.log = runs, folder / f"{runs.name}.{time.monotonic_ns()}.log"
+        own = {**os.environ, "JUPYTER_RUNTIME_DIR": str(folder / "runtime"), **{name: str(value) for name, value in env.items()}}
         with open(self.log, "w") as log:
             self.process = subprocess.Popen([Path(sys.executable).with_name("tformer-sweep"), *map(str, arguments), "--runs-dir", runs], env=own,
-                                            stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT)
+                                            stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT,
+                                            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))  # ignored where the tests run in a shell's background
 
     def said(self): return self.log.read_text()
 
@@ -198,6 +200,20 @@ def nothing_is_left(folder):
         if time.monotonic() > end: return [(process.pid, process.cmdline()) for process in left]
         time.sleep(.1)
     return True
+
+
+@pytest.fixture(autouse=True)
+def end_what_is_left(tmp_path):
+    """A test that fails leaves nothing behind."""
+    yield
+    for process in processes_of(tmp_path): process.kill()
+
+
+def comes_to_stand(job, status):
+    """Whose process is not a child of this one lets go of its lock some time after it is seen no more."""
+    end = time.monotonic() + PATIENCE
+    while job.status != status and time.monotonic() < end: time.sleep(.05)
+    return job.status == status
 
 
 def files(folder):
@@ -389,9 +405,9 @@ def test_runs_of_a_killed_sweep_notice_it_and_save(light, tmp_path, in_process):
     [job] = running.until(lambda: running.trained())
     running.process.kill()
     running.process.wait()
-    assert nothing_is_left(tmp_path) is True
+    assert nothing_is_left(tmp_path) is True and comes_to_stand(job, "stopped")
     run = Run(job.run_path)
-    assert (job.status, run.status) == ("stopped", "stopped") and 0 < run.status_details["step"] == len(run.metrics) < 4000
+    assert run.status == "stopped" and 0 < run.status_details["step"] == len(run.metrics) < 4000
 
 
 def test_job_that_has_only_begun_to_start_when_its_sweep_is_killed_ends(light, tmp_path):
@@ -401,7 +417,19 @@ def test_job_that_has_only_begun_to_start_when_its_sweep_is_killed_ends(light, t
     running.process.wait()
     assert nothing_is_left(tmp_path) is True
     [job] = running.jobs().values()
-    assert job.status in ("waiting", "stopped")
+    assert not job.is_held() or comes_to_stand(job, "stopped")
+
+
+@pytest.mark.parametrize("in_process", [False, True])
+def test_run_that_does_not_hear_ends_some_time_after_its_sweep(light, tmp_path, in_process):
+    [job] = plan(tmp_path / "runs", {"task": "own_tasks:Stuck", **SMALL}, light)
+    child = f"from tformer_lab.runs import jobs\njobs._PATIENCE = .5\njobs.main({[str(tmp_path / 'runs'), job.name, *(['--in-process'] if in_process else [])]})"
+    parent = subprocess.Popen([sys.executable, "-c", f"import subprocess, sys\nsubprocess.Popen([sys.executable, '-c', {child!r}])\nsys.stdin.read()"], stdin=subprocess.PIPE)
+    end = time.monotonic() + PATIENCE
+    while not list(job.run_path.glob("spectra/00000000.safetensors")) and time.monotonic() < end: time.sleep(.02)
+    assert job.status == "running"
+    parent.communicate(b"")
+    assert nothing_is_left(tmp_path) is True and comes_to_stand(job, "stopped")
 
 
 def test_stopped_slot_starts_nothing_more(tmp_path):
@@ -446,6 +474,18 @@ def test_any_notebook_with_parameters_is_run_and_what_fails_in_it_stops_no_other
     with pytest.raises(ParameterError, match="does not train"): sweep(source, {"x": 1}, runs_dir=tmp_path / "runs", in_process=True, dry_run=True)
 
 
+def test_notebook_that_cannot_be_read_is_named(tmp_path):
+    path = tmp_path / "some.ipynb"
+    for text, error in (("{", "is no notebook"), ("[]", "is no notebook"), ('{"cells": [5]}', "is no notebook"), ('{"cells": []}', "has no cell with the tag 'parameters'")):
+        path.write_text(text)
+        with pytest.raises(FileError, match=error): sweep(path, {"x": 1}, runs_dir=tmp_path / "runs")
+    with pytest.raises(FileError, match="its cell of parameters sets nothing"): sweep(notebook(path, "pass", "x", parameters="x <- 1"), {"x": 1}, runs_dir=tmp_path / "runs")
+    for source in ("%matplotlib inline\nx = 1", "x = "):
+        with pytest.raises(FileError, match="should be assignments in Python"): sweep(notebook(path, "pass", "x", parameters=source), {"x": 1}, runs_dir=tmp_path / "runs")
+    with pytest.raises(FileError, match="there is no notebook"): sweep(tmp_path / "none.ipynb", {"x": 1}, runs_dir=tmp_path / "runs")
+    assert [found.name for found in tmp_path.iterdir()] == ["some.ipynb"]
+
+
 def test_training_notebook_that_makes_no_run_has_failed(place, tmp_path):
     names = 'task = "recall"\nruns_dir = None\nname = None\nresume = None'
     raising = notebook(tmp_path / "raising.ipynb", "pass", 'raise OSError("no data here")', parameters=names)
@@ -482,25 +522,23 @@ def fill(disk):
 
 
 @pytest.mark.parametrize("in_process", [False, True])
-def test_full_disk_loses_nothing_and_with_room_the_sweep_goes_on(light, tiny_disk, in_process):
+def test_full_disk_loses_nothing_and_with_room_the_sweep_goes_on(light, tiny_disk, tmp_path, in_process):
     grid = [light, *given({"task": "own_tasks:Paused", "noise": "0,0.1", **LONG}), "--slots", 1, *(["--in-process"] if in_process else [])]
-    running = Command(tiny_disk / "runs", *grid, PAUSE=.03)
-    running.log.rename(tiny_disk.parent / "log")  # not on the disk that is full
-    running.log = tiny_disk.parent / "log"
+    running = Command(tiny_disk / "runs", *grid, folder=tmp_path, PAUSE=.03)
     [job] = running.until(lambda: [job for job in running.trained() or [] if (job.run_path / "state.pt").exists()])
     fill(tiny_disk)
     assert running.end() == 3, running.said()
     other = next(other for other in running.jobs().values() if other != job)
-    assert (job.status, other.status) in [("stopped", "stopped"), ("stopped", "waiting")] and nothing_is_left(tiny_disk) is True, running.said()
+    assert (job.status, other.status) in [("stopped", "stopped"), ("stopped", "waiting")] and nothing_is_left(tmp_path) is True, running.said()
     assert "Traceback" not in running.said()
     import own_tasks
-    whole = unbroken(Run(job.run_path), tiny_disk.parent, own_tasks.Paused)
+    whole = unbroken(Run(job.run_path), tmp_path, own_tasks.Paused)
     assert_begins_like(Run(job.run_path), whole)
     (tiny_disk / "ballast").unlink()
-    code, said = command(tiny_disk / "runs", *grid)
+    code, said = command(tiny_disk / "runs", *grid, folder=tmp_path)
     assert code == 0, said
     assert_same(Run(job.run_path), whole)
-    assert_same(Run(other.run_path), unbroken(Run(other.run_path), tiny_disk.parent, own_tasks.Paused))
+    assert_same(Run(other.run_path), unbroken(Run(other.run_path), tmp_path, own_tasks.Paused))
     assert not [path for path in tiny_disk.rglob("*.tmp")]
 
 
@@ -887,7 +925,7 @@ def test_terminal_replaces_its_lines(tmp_path):
     assert process.wait() == 1
     text = said.decode()
     assert text.count("\x1b[J") > 0 and "1 running" in text
-    assert screen(text) == ["task=own_tasks:Failing: failed, step 20 of 240, train/loss " + re.search(r"step 20 of 240, train/loss (\S+),", text)[1] + ", ValueError: this cannot be learnt", "1 done · 1 failed", "seen: 1 done, 1 failed"]
+    assert screen(text) == ["task=own_tasks:Failing: failed, step 19 of 240, train/loss " + re.search(r"step 19 of 240, train/loss (\S+),", text)[1] + ", ValueError: this cannot be learnt", "1 done · 1 failed", "seen: 1 done, 1 failed"]
 
 
 def test_word_in_between_leaves_no_stale_line(tmp_path):

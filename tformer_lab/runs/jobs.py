@@ -44,13 +44,18 @@ def notebook_parameters(
     path:str|Path, # Of a notebook
 ) -> list[str]: # Raises FileError
     "The names that a notebook's parameters cell sets"
-    try: cells = json.loads(Path(path).read_text())["cells"]
+    try:
+        cells = json.loads(Path(path).read_text())["cells"]
+        tagged = ["".join(cell["source"]) for cell in cells if "parameters" in cell.get("metadata", {}).get("tags", [])]
     except FileNotFoundError: raise FileError(f"there is no notebook {path}") from None
-    except (OSError, ValueError, LookupError, TypeError) as error: raise FileError(f"{path} is no notebook: {error}") from error
-    tagged = ["".join(cell["source"]) for cell in cells if "parameters" in cell.get("metadata", {}).get("tags", [])]
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error: raise FileError(f"{path} is no notebook: {error}") from error
     if not tagged: raise FileError(f"{path} has no cell with the tag 'parameters': there is nothing to vary")
-    return [name.id for line in ast.parse("\n".join(tagged)).body if isinstance(line, ast.Assign | ast.AnnAssign)
-            for name in (line.targets if isinstance(line, ast.Assign) else [line.target]) if isinstance(name, ast.Name)]
+    try: lines = ast.parse("\n".join(tagged)).body
+    except SyntaxError as error: raise FileError(f"{path}: its cell of parameters should be assignments in Python: {error}") from error
+    names = [name.id for line in lines if isinstance(line, ast.Assign | ast.AnnAssign)
+             for name in (line.targets if isinstance(line, ast.Assign) else [line.target]) if isinstance(name, ast.Name)]
+    if not names: raise FileError(f"{path}: its cell of parameters sets nothing")
+    return names
 
 _PLACES = {"runs_dir", "name", "resume"}  # given by the sweep
 
@@ -441,10 +446,15 @@ def _serve(runs_dir, retry):
         if last: return 0  # the next run begins in a process that is as new as its own would be
     return 0
 
+_PATIENCE = 900  # seconds that a run without its sweep has for saving
+
 def _stop_without(parent):
-    "Ask this process to stop, as SIGTERM does, when its parent has gone"
+    "Ask this process to stop, as SIGTERM does, when its parent has gone; end it, with its kernel, where that leads to nothing"
     while os.getppid() == parent: time.sleep(.5)
     os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(_PATIENCE)
+    for kernel in _kernels(): kernel.kill()
+    os._exit(1)
 
 def main(arguments:list[str]|None=None) -> int: # An exit status
     "Run a job, or serve several"

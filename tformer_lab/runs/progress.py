@@ -134,7 +134,8 @@ def board_table(
     import pandas as pd
     order = {"running": 0, "failed": 1, "stopped": 2, "done": 3, "submitted": 4, "waiting": 5}
     jobs = sorted(board.looks, key=lambda job: order.get(board.looks[job].status, 9))[:rows]
-    return pd.DataFrame([{**labels[job], "status": look.status, "step": look.step, "of": look.steps, "train/loss": look.loss, "seconds": look.seconds, "error": look.error or ""}
+    names = dict.fromkeys(name for job in jobs for name in labels[job])  # one grid of several may give what another does not
+    return pd.DataFrame([{**{name: labels[job].get(name) for name in names}, "status": look.status, "step": look.step, "of": look.steps, "train/loss": look.loss, "seconds": look.seconds, "error": look.error or ""}
                          for job in jobs for look in [board.looks[job]]]).convert_dtypes()
 
 class Teller:
