@@ -19,7 +19,7 @@ if TYPE_CHECKING: import pandas as pd
 
 # %% auto #0
 __all__ = ['PALETTE', 'look_of', 'parameter_axis', 'parameter_figure', 'parameter_heatmap', 'band_traces', 'band_figure',
-           'value_axis', 'Grid', 'band_grid']
+           'value_axis', 'Grid', 'Curve', 'band_grid']
 
 # %% ../../nbs/dashboards/comparisons.ipynb #03c298d2
 PALETTE = "#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#8C8C8C"
@@ -185,14 +185,15 @@ def _level(axis, value, color, name, legend=False):
 # %% ../../nbs/dashboards/comparisons.ipynb #46fc21ca
 def value_axis(
     values:Sequence[float], # All that is to be seen on it
-) -> tuple[bool, dict[str, Any]]: # Is a value's position log10(1 + value)? And settings for plotly
+) -> tuple[bool, dict[str, Any]]: # Does it show 1 + value on a logarithmic axis? And settings for plotly
     "An axis that holds zero and all values"
     low, high = curve_range(values)
     if min(values, default=0) < 0 or high < 12: return False, {"range": [low, high]}
     ticks = [t for t in (0, 1, 3, 10, 30, 100, 300, 1000, 3000, 10_000) if t <= high]
-    return True, {"range": [-.04 * np.log10(1 + high), np.log10(1 + high)], "tickvals": np.log10(1 + np.array(ticks)).tolist(), "ticktext": [f"{t:,}" for t in ticks]}
+    top = float(np.log10(1 + high))
+    return True, {"type": "log", "range": [-.04 * top, top], "tickvals": [1 + t for t in ticks], "ticktext": [f"{t:,}" for t in ticks]}
 
-def _at(values, log): return np.log10(1 + np.maximum(values, 0)) if log else np.asarray(values, dtype=float)
+def _at(values, log): return 1 + np.maximum(values, 0) if log else np.asarray(values, dtype=float)
 
 # %% ../../nbs/dashboards/comparisons.ipynb #63e28d9f
 class Grid:
@@ -225,46 +226,62 @@ class Grid:
     def place(self, row, column): return self.rows.index(row) + 1, self.columns.index(column) + 1
 
 # %% ../../nbs/dashboards/comparisons.ipynb #eac3377f
-def _edge(band):
+def _edge(low, high):
     "A closed line around an interval; where there is none it has no height"
-    low, high = (np.interp(np.arange(len(bound)), np.flatnonzero(np.isfinite(bound)), bound[np.isfinite(bound)]) for bound in band)
+    low, high = (np.interp(np.arange(len(bound)), np.flatnonzero(np.isfinite(bound)), bound[np.isfinite(bound)])[::-2][::-1] for bound in (low, high))
     return np.concatenate([low, high[::-1]]).astype(np.float32)
 
-def _drawn(grid, choice, cell, axis):
-    "What a choice changes in the interval and the line of a curve: y, and what the pointer tells"
-    mean, low, high = grid.curves.get((choice, *cell), np.full((3, len(grid.steps)), np.nan))
-    log, settings = axis
-    band = _at(low, log), _at(high, log)
-    seen = np.nanmax(band[1] - band[0], initial=0) > .01 * (settings["range"][1] - settings["range"][0])
-    return {"y": _edge(band) if seen else np.zeros(0, np.float32)}, {"y": _at(mean, log).astype(np.float32), **({"customdata": mean.astype(np.float32)} if log else {})}
+def _band(low, high, axis):
+    "The interval of a curve as it is drawn; None where it is too narrow to be seen"
+    (log, settings), low, high = axis, _at(low, axis[0]), _at(high, axis[0])
+    width = np.log10(high / low) if log else high - low
+    return _edge(low, high) if np.nanmax(width, initial=0) > .03 * (settings["range"][1] - settings["range"][0]) else None
 
-def _cell_traces(grid, cell, axis, steps, names, first):
-    "The interval and the line of a curve"
-    look, name = look_of(grid.colors.index(cell[2])), escape(str(names.get(cell[2], _text(cell[2]))))
-    x, (band, line) = steps.position(grid.steps).astype(np.float32), _drawn(grid, grid.choices[0], cell, axis)
-    return [go.Scatter(x=np.concatenate([x, x[::-1]]), **band, mode="none", fill="toself", fillcolor=_translucent(look["color"]), hoverinfo="skip", showlegend=False, legendgroup=name),
-            go.Scatter(x=x, **line, mode="lines", name=name, legendgroup=name, showlegend=first, line={"color": look["color"], "dash": look["dash"], "width": 1.8}, text=grid.steps,
-                       hovertemplate=f"step %{{text}}: %{{{'customdata' if axis[0] else 'y'}:.4g}}<extra>%{{fullData.name}}</extra>")]
+class Curve:
+    "The traces of a cell: a line, and under it the interval if there is one for any choice"
+    def __init__(self, grid:Grid, cell:tuple, axis:tuple[bool, dict], steps:StepAxis, dotted:bool=False):
+        self.cell, self.log, self.x = cell, axis[0], steps.position(grid.steps).astype(np.float32)
+        self.look = look_of(grid.colors.index(cell[2])) | ({"dash": "dot"} if dotted else {})
+        nothing = np.full((3, len(grid.steps)), np.nan)
+        values = {choice: grid.curves.get((choice, *cell), nothing) for choice in grid.choices}
+        self.lines = {choice: _at(mean, self.log).astype(np.float32) for choice, (mean, _, _) in values.items()}
+        self.bands = {choice: band for choice, (_, low, high) in values.items() if (band := _band(low, high, axis)) is not None}
+        self.steps = grid.steps.astype(np.int16 if grid.steps.max() < 2**15 else np.int32)
 
-def _choice(grid, axes, choice):
-    "The frame of a choice"
-    traces = [trace for cell in grid.cells for trace in _drawn(grid, choice, cell, axes[grid.group(*cell[:2])])]
-    return go.Frame(name=str(choice), data=[go.Scatter(**trace) for trace in traces], traces=list(range(len(traces))))
+    def traces(self, choice, name, legend) -> list[go.Scatter]:
+        "As they are drawn at first"
+        told = {"hovertemplate": "step %{customdata}: 1 + y = %{y:.4g}<extra>%{fullData.name}</extra>"} if self.log else {}
+        line = go.Scatter(x=self.x, y=self.lines[choice], customdata=self.steps, **told, name=name, legendgroup=name, showlegend=legend, line={part: self.look[part] for part in ("color", "dash") if self.look[part] != "solid"})
+        if not self.bands: return [line]
+        x = self.x[::-2][::-1]
+        return [go.Scatter(x=np.concatenate([x, x[::-1]]), y=self.bands.get(choice, []), mode="none", fill="toself", fillcolor=_translucent(self.look["color"]), hoverinfo="skip", showlegend=False, legendgroup=name), line]
+
+def _frames(curves, choices):
+    "One without any interval, and one for each choice; a number of the trace for all that is in it"
+    numbered, count = [], 0
+    for curve in curves:
+        numbered.append((curve, count, count + bool(curve.bands)))
+        count += 1 + bool(curve.bands)
+    banded = [band for curve, band, _ in numbered if curve.bands]
+    yield go.Frame(name="no interval", data=[go.Scatter(y=[])] * len(banded), traces=banded)
+    for choice in choices:
+        parts = [(line, curve.lines[choice]) for curve, _, line in numbered] + [(band, curve.bands[choice]) for curve, band, _ in numbered if choice in curve.bands]
+        yield go.Frame(name=str(choice), data=[go.Scatter(y=y) for _, y in parts], traces=[number for number, _ in parts])
 
 def _list_of(choices, height):
     "The list to choose from, at the top right"
     move = {"mode": "immediate", "frame": {"duration": 0, "redraw": True}, "transition": {"duration": 0}}
-    buttons = [{"label": escape(str(choice)), "method": "animate", "args": [[str(choice)], move]} for choice in choices]
+    buttons = [{"label": escape(str(choice)), "method": "animate", "args": [["no interval", str(choice)], move]} for choice in choices]
     return {"buttons": buttons, "x": 1, "xanchor": "right", "y": height, "yanchor": "bottom", "pad": {"b": 0, "l": 0}, "bgcolor": "rgba(255,255,255,.9)", "bordercolor": GRID, "font": {"color": "#404040"}, "showactive": True}
 
 def _draw_optimum(figure, grid, optimum, axes, steps, kind):
     "A dashed line in each panel; in a curve's colour where it is the optimum of that curve alone"
+    ends = steps.position([0, steps.last])
+    line = lambda y, name, look, **more: go.Scatter(x=ends, y=y, name=name, line={"color": look, "width": 1.5, "dash": "dash"}, hoverinfo="name", **more)
     for (row, column, *color), value in optimum.items():
         look = look_of(grid.colors.index(color[0]))["color"] if color else COLORS["optimum"]
-        line = _level(steps, float(_at(value, axes[grid.group(row, column)][0])), look, f"optimum {value:.4g} ({kind})")
-        figure.add_trace(line, *grid.place(row, column))
-    look = "#707070" if any(len(key) > 2 for key in optimum) else COLORS["optimum"]
-    if optimum: figure.add_trace(go.Scatter(x=[None], y=[None], mode="lines", name=f"optimum ({kind})", line={"color": look, "width": 1.5, "dash": "dash"}))
+        figure.add_trace(line(np.full(2, _at(value, axes[grid.group(row, column)][0])), f"optimum {value:.4g} ({kind})", look, showlegend=False), *grid.place(row, column))
+    if optimum: figure.add_trace(line([None], f"optimum ({kind})", "#707070" if any(len(key) > 2 for key in optimum) else COLORS["optimum"]))
 
 def band_grid(
     table:pd.DataFrame, # step, mean, low, high, and a column a parameter
@@ -276,6 +293,7 @@ def band_grid(
     kind:str="exact", # Of the optimum
     share:str="row", # Panels of a "row", a "column" or "all" have one axis of values
     names:Mapping[Any, str]|None=None, # Of the coloured values, for the legend
+    dotted:Sequence[Any]=(), # Coloured values whose lines are dotted, so that one under them can be seen
     title:str|None=None,
     panel:int=190, # Height of one, in pixels
 ) -> go.Figure:
@@ -283,25 +301,34 @@ def band_grid(
     grid, steps, optimum = Grid(table, row, column, color, choose, share), step_axis(np.unique(table["step"])), optimum or {}
     axes, named = grid.axes(optimum), set()
     figure = make_subplots(len(grid.rows), len(grid.columns), shared_xaxes=True, horizontal_spacing=.05 if share == "column" else .025, vertical_spacing=22 / (panel * len(grid.rows)), column_titles=[escape(str(c)) for c in grid.columns])
-    for cell in grid.cells:
-        for trace in _cell_traces(grid, cell, axes[grid.group(*cell[:2])], steps, names or {}, cell[2] not in named): figure.add_trace(trace, *grid.place(*cell[:2]))
-        named.add(cell[2])
-    if choose: figure.frames = [_choice(grid, axes, choice) for choice in grid.choices]
+    curves = [Curve(grid, cell, axes[grid.group(*cell[:2])], steps, cell[2] in dotted) for cell in grid.cells]
+    for curve in curves:
+        value = curve.cell[2]
+        for trace in curve.traces(grid.choices[0], escape(str((names or {}).get(value, _text(value)))), value not in named): figure.add_trace(trace, *grid.place(*curve.cell[:2]))
+        named.add(value)
+    if choose: figure.frames = list(_frames(curves, grid.choices))
     _draw_optimum(figure, grid, optimum, axes, steps, kind)
     return _lay_out(figure, grid, axes, steps, title, panel, choose)
+
+def _template(steps, height, title):
+    "What all panels and lines share, said once"
+    look = style(go.Figure(), height, title).update_xaxes(**steps.layout()).update_xaxes(title_text=None).layout
+    axes = {"xaxis": look.xaxis.to_plotly_json() | {"automargin": False}, "yaxis": look.yaxis.to_plotly_json()}
+    line = {"mode": "lines", "line": {"width": 1.8}, "hovertemplate": "step %{customdata}: %{y:.4g}<extra>%{fullData.name}</extra>"}
+    return go.layout.Template(layout=axes, data={"scatter": [line]}), {name: value for name, value in look.to_plotly_json().items() if name not in ("template", *axes)}
 
 def _lay_out(figure, grid, axes, steps, title, panel, choose):
     "Axes, the names of the rows, and above the panels title and list in a line and the legend in one or two"
     shown = [trace.name for trace in figure.data if trace.showlegend is not False and trace.mode != "none"]
     lines = -(-sum(52 + 7 * len(name) for name in shown) // 640)  # of the legend on a page's width
-    inner, legend = panel * len(grid.rows), 24 + 20 * lines
+    inner, legend = panel * len(grid.rows), 20 + 29 * lines
     top = legend + 10 + 44 * (choose is not None or title is not None)
-    style(figure, height=inner + top + 48, title=title).update_xaxes(**steps.layout()).update_xaxes(title_text="")
-    figure.update_xaxes(title={"text": steps.layout()["title"]["text"], "standoff": 6}, row=len(grid.rows))
+    template, look = _template(steps, inner + top + 48, title)
+    figure.update_layout(template=template, **look).update_xaxes(title={"text": steps.layout()["title"]["text"], "standoff": 6}, row=len(grid.rows))
     for row in grid.rows:
         for column in grid.columns:
             i, j = grid.place(row, column)
             figure.update_yaxes(**axes.get(grid.group(row, column), (False, {}))[1], showticklabels=j == 1 or grid.share == "column", row=i, col=j)
         figure.update_yaxes(title={"text": escape(str(row)), "standoff": 4}, row=grid.rows.index(row) + 1, col=1)
     if choose: figure.update_layout(updatemenus=[_list_of(grid.choices, 1 + (legend + 8) / inner)])
-    return figure.update_layout(margin={"l": 62, "r": 24, "t": top, "b": 48}, legend={"y": 1 + 22 / inner, "x": 0, "xanchor": "left"}).update_annotations(font={"size": 13, "color": "#707070"})
+    return figure.update_layout(margin={"l": 62, "r": 24, "t": top, "b": 48}, legend={"y": 1 + 22 / inner, "x": 0, "xanchor": "left"}, hoverlabel={"namelength": -1}).update_annotations(font={"size": 13, "color": "#707070"})
