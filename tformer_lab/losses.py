@@ -134,6 +134,8 @@ class Cauchy(_Parametric):
     @property
     def scale(self) -> float: return self._get("scale").exp().item()
 
+    def extra_repr(self): return f"scale={self.scale:.6g}"
+
     def pointwise(self, residual):
         log_scale = _like(self._get("scale"), residual)
         return log1p_power(residual.abs() / log_scale.exp(), 2) + log_scale + math.log(math.pi)
@@ -193,6 +195,8 @@ class SGT(_Parametric):
 
     @property
     def kinks(self) -> tuple[float, ...]: return (-self.law.m,)
+
+    def extra_repr(self): return f"law={self.law}"
 
     def _parts(self, residual):
         "Minus the log density at the mode, and what each residual adds to it"

@@ -200,6 +200,13 @@ def _column(columns, wanted, path):
     hint = f"; did it become {near[0]!r}?" if near else f"; it has {', '.join(map(repr, columns[:12]))}{', …' if len(columns) > 12 else ''}"
     raise FileError(f"{path} has no column {' or '.join(map(repr, wanted))}{hint}")
 
+def _all_rows(path, names):
+    "Some columns of a table, whose rows all have to have as many fields as its head (with `usecols` pandas drops what is too much)"
+    import pandas as pd
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", pd.errors.ParserWarning)
+        with pd.read_csv(path, dtype=str, index_col=False, chunksize=50_000) as chunks: return pd.concat([chunk[names] for chunk in chunks], ignore_index=True)
+
 def read_table(
     path:str|Path, # A csv file, compressed or not
     source:EpidemicSource,
@@ -210,8 +217,8 @@ def read_table(
     except pd.errors.EmptyDataError as error: raise FileError(f"{path} is empty") from error
     except (OSError, ValueError, EOFError) as error: raise FileError(f"{path} cannot be read as a table: {error}") from error
     names = {_column(columns, getattr(source, role), path): role for role in ("place", "date", "value")}
-    try: table = pd.read_csv(path, usecols=list(names), dtype=str)
-    except (OSError, ValueError, EOFError) as error: raise FileError(f"{path} cannot be read as a table: {error}") from error
+    try: table = _all_rows(path, list(names))
+    except (OSError, ValueError, EOFError, pd.errors.ParserWarning) as error: raise FileError(f"{path} cannot be read as a table: {error}") from error
     if not len(table): raise FileError(f"{path} has columns, but not one row")
     return _typed(table.rename(columns=names), {role: name for name, role in names.items()}, path)
 

@@ -171,7 +171,7 @@ class SkewedGeneralizedT:
     def logpdf(self, x) -> np.ndarray:
         "Logarithm of the density, in nats"
         odds = _log_odds(self._sides(x)[0], self.p, self.q)
-        with np.errstate(over="ignore"):
+        with np.errstate(over="ignore", invalid="ignore"):
             fall = np.exp(odds) if self.q == math.inf else (1 / self.p + self.q) * np.logaddexp(0, odds)
         return -self.log_norm - fall
 
