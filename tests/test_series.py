@@ -6,7 +6,7 @@ import mpmath
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from scipy import stats
 from scipy.integrate import quad
@@ -98,6 +98,8 @@ def test_ratios_of_gamma_functions_keep_their_digits(q, a):
 
 @settings(deadline=None, derandomize=True, max_examples=100)
 @given(st.floats(.3, 10), st.floats(.05, 1e6), st.lists(st.floats(1e-300, 1), min_size=1, max_size=9))
+@example(10., .05, [1e-100])
+@example(10., .2, [1e-300, .3])
 def test_magnitudes_and_their_probabilities_are_inverse_in_the_far_tail(p, q, t):
     z = magnitude_isf(np.array(t), p, q)
     inside = (z > 1e-280) & (z < 1e280)

@@ -212,7 +212,7 @@ class SkewedGeneralizedT:
     def moments(self) -> Moments:
         "Mean, variance, skewness and kurtosis, and which of them there are"
         order, unit = self.p * self.q, self.v * self.sigma
-        raw = [math.inf if k >= order else self._magnitude_moment(k) * ((1 + self.lam)**(k + 1) + (-1)**k * (1 - self.lam)**(k + 1)) / 2 for k in range(5)]
+        raw = [self._magnitude_moment(k) * ((1 + self.lam)**(k + 1) + (-1)**k * (1 - self.lam)**(k + 1)) / 2 for k in range(5)]
         variance, skewness, kurtosis = central_moments(raw)
         mean = self.mu if self.standardized else self.mu + unit * raw[1] if math.isfinite(raw[1]) else math.nan
         return Moments(mean, unit**2 * variance, skewness, kurtosis, _moment_status(order))

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from scipy.interpolate import CubicSpline
 from torch import Tensor
 
 from ..data.series import SmoothedNoise, Windows, smoothing_matrix
@@ -18,8 +19,9 @@ from ..losses import Loss
 from ..tasks.task import Optimum
 
 # %% auto #0
-__all__ = ['BEYOND', 'HorizonLaw', 'horizon_law', 'expected_loss', 'least_expected_loss', 'mixture_entropy', 'is_gaussian',
-           'informed_losses', 'forecast_optimum', 'linear_forecast', 'linear_reference', 'expected_forecast_loss']
+__all__ = ['BEYOND', 'KNOTS', 'HorizonLaw', 'horizon_law', 'expected_loss', 'least_expected_loss', 'mixture_entropy',
+           'is_gaussian', 'informed_losses', 'forecast_optimum', 'linear_forecast', 'linear_reference',
+           'expected_forecast_loss']
 
 # %% ../../nbs/theory/forecasting.ipynb #693b42c0
 @dataclass(frozen=True)
@@ -84,22 +86,35 @@ def expected_loss(
 ) -> np.ndarray: # [...]
     "Expected loss of a forecast of a Gaussian target"
     sd, bias = np.broadcast_arrays(np.asarray(sd, dtype=float), np.asarray(bias, dtype=float))
-    sd = np.maximum(sd, 1e-200)[..., None]
-    kinks = ((np.array(loss.kinks) + bias[..., None]) / sd).clip(-BEYOND, BEYOND)
+    blocks = max(1, sd.size // 10_000)  # so that the nodes of all do not have to be in memory at once
+    parts = [_quadrature(loss, *part) for part in zip(np.array_split(sd.ravel(), blocks), np.array_split(bias.ravel(), blocks))]
+    return np.concatenate(parts).reshape(sd.shape)[()]
+
+def _quadrature(loss, sd, bias):
+    "[n] expected losses of standard deviations and biases [n]"
+    sd = np.maximum(sd, 1e-200)[:, None]
+    kinks = ((np.array(loss.kinks) + bias[:, None]) / sd).clip(-BEYOND, BEYOND)
     ends = np.full(sd.shape, BEYOND)
     edges = np.sort(np.concatenate([-ends, 0 * ends, kinks, ends], -1))
     length = np.diff(edges)[..., None]
-    z = edges[..., :-1, None] + length * _NODES
+    z = edges[:, :-1, None] + length * _NODES
     density = np.exp(-.5 * z * z) / math.sqrt(2 * math.pi)
-    return (_pointwise(loss, sd[..., None] * z - bias[..., None, None]) * density * length * _WEIGHTS).sum((-1, -2))[()]
+    return (_pointwise(loss, sd[:, None] * z - bias[:, None, None]) * density * length * _WEIGHTS).sum((-1, -2))
 
 # %% ../../nbs/theory/forecasting.ipynb #742bc931
+KNOTS = 300
+
 def least_expected_loss(
     loss:Loss, # Falls up to some residual, then rises
     sd:np.ndarray, # [...] standard deviation of the target given the window
 ) -> np.ndarray: # [...]
     "Expected loss of the best forecast of a Gaussian target"
     sd = np.asarray(sd, dtype=float)
+    if sd.size <= 2 * KNOTS or sd.min() < 1e-9 * sd.max() or sd.min() > .999 * sd.max(): return _least(loss, sd)
+    knots = np.geomspace(sd.min(), sd.max(), KNOTS)
+    return CubicSpline(np.log(knots), _least(loss, knots))(np.log(np.clip(sd, knots[0], knots[-1])))
+
+def _least(loss, sd):
     if loss.symmetric: return expected_loss(loss, sd)
     reach, golden = 9 * sd + max((abs(kink) for kink in loss.kinks), default=0.), (math.sqrt(5) - 1) / 2
     low, high = -reach, reach
