@@ -269,7 +269,25 @@ def _kernel_config(folder):
     from traitlets.config import Config
     return Config({"KernelManager": {"transport": "ipc", "ip": f"{folder}/k"}} if os.name == "posix" else {})
 
-_WITHOUT_GRAMMAR = "import sys; sys.modules.setdefault('rfc3987_syntax', None)"  # of links, whose building takes 2 of the 2.4 seconds in which papermill is imported, and again in the kernel with plotly's first figure
+def _begin_kernel():
+    "Runs in a kernel before the notebook, in a namespace of its own"
+    import atexit
+    import gc
+    import io
+    import os
+    import sys
+
+    def end():
+        for each in gc.get_objects():
+            if issubclass(type(each), io.IOBase):
+                try: each.flush()
+                except (OSError, ValueError): pass
+        os._exit(0)
+
+    sys.modules.setdefault("rfc3987_syntax", None)  # a grammar of links, whose building takes two seconds when papermill is imported, and again with plotly's first figure
+    atexit.register(end)  # first registered, last called: taking torch's modules apart would take another second, and to no end
+
+_AT_START = f"exec({inspect.getsource(_begin_kernel) + '_begin_kernel()'!r}, {{}})"
 
 def _papermill():
     sys.modules.setdefault("rfc3987_syntax", None)
@@ -296,7 +314,7 @@ def execute(
     beside, sockets = output.with_name(f".{output.stem}.running.ipynb"), _socket_folder()
     output.parent.mkdir(parents=True, exist_ok=True)
     try: _papermill().execute_notebook(str(source), str(beside), dict(parameters), progress_bar=False, log_output=False, autosave_cell_every=5, config=_kernel_config(sockets),
-                                        extra_arguments=[f"--IPKernelApp.exec_lines={_WITHOUT_GRAMMAR}"])
+                                        extra_arguments=[f"--IPKernelApp.exec_lines={_AT_START}"])
     finally:
         shutil.rmtree(sockets, ignore_errors=True)
         _keep_whole(beside, output)
@@ -433,6 +451,8 @@ def _flush():
 
 def _serve(runs_dir, retry):
     names, answers = _streams()
+    import torch
+    torch.optim.SGD([torch.zeros(1, requires_grad=True)])  # torch's first optimizer sets a variable of the environment, once for all
     from tformer_lab.training import fit  # before the first job is timed
     before = _global_state()
     for line in names:

@@ -198,7 +198,7 @@ class Session:
         if not weight_matrices(model): raise ValueError(f"{type(model).__name__} has no 2-D weights whose spectra could be recorded")
         self.threads = trainer.threads or default_threads(model)
         self.model, self.optimizer = self.accelerator.prepare(model, make_optimizer(trainer.optimizer, model.parameters(), trainer.lr))
-        self.bare = self.accelerator.unwrap_model(self.model)
+        self.bare = model  # without what `prepare` puts around it; the accelerator's unwrap_model imports torch's compiler
         torch.manual_seed(trainer.seed + self.rank)
         self._population = task.batch(trainer.population_size or POPULATION_SIZE, np.random.default_rng(POPULATION_STREAM)) if trainer.samples else None
 

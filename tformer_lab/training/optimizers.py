@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from inspect import unwrap
 
 import torch
 from torch import Tensor
@@ -31,6 +32,9 @@ class NormalizedGD(torch.optim.Optimizer):
     ):
         if not lr > 0: raise ValueError(f"lr is {lr}: it has to be above 0")
         super().__init__(params, {"lr": lr})
+
+    # torch wraps these for its compiler, whose import takes a second, and is of no use to what is not compiled
+    add_param_group, zero_grad, state_dict, load_state_dict = (unwrap(getattr(torch.optim.Optimizer, name)) for name in ("add_param_group", "zero_grad", "state_dict", "load_state_dict"))
 
     @torch.no_grad()
     def step(self,
