@@ -420,6 +420,16 @@ def test_job_that_has_only_begun_to_start_when_its_sweep_is_killed_ends(light, t
     assert not job.is_held() or comes_to_stand(job, "stopped")
 
 
+def test_kernel_ends_quickly_and_loses_nothing_that_a_notebook_left_open(tmp_path):
+    cells = [f"import atexit\nleft = open({str(tmp_path / 'left.txt')!r}, 'w')\nleft.write('kept')\natexit.register(lambda: open({str(tmp_path / 'last.txt')!r}, 'w').write('told'))",
+             "sorted(name for name in globals() if not name.startswith('_'))"]
+    notebook(tmp_path / "open.ipynb", *cells, parameters="x = 1")
+    jobs.execute(tmp_path / "open.ipynb", tmp_path / "out.ipynb", {})
+    assert (tmp_path / "left.txt").read_text() == "kept" and (tmp_path / "last.txt").read_text() == "told"
+    names = nbformat.read(tmp_path / "out.ipynb", 4).cells[-1].outputs[0].data["text/plain"]
+    assert "'left'" in names and not any(f"'{name}'" in names for name in ("os", "sys", "gc", "end"))  # what runs before a notebook leaves no names in it
+
+
 @pytest.mark.parametrize("in_process", [False, True])
 def test_run_that_does_not_hear_ends_some_time_after_its_sweep(light, tmp_path, in_process):
     [job] = plan(tmp_path / "runs", {"task": "own_tasks:Stuck", **SMALL}, light)

@@ -235,7 +235,7 @@ def _band(low, high, axis):
     "The interval of a curve as it is drawn; None where it is too narrow to be seen"
     (log, settings), low, high = axis, _at(low, axis[0]), _at(high, axis[0])
     width = np.log10(high / low) if log else high - low
-    return _edge(low, high) if np.nanmax(width, initial=0) > .03 * (settings["range"][1] - settings["range"][0]) else None
+    return _edge(low, high) if np.nanmax(width, initial=0) > .05 * (settings["range"][1] - settings["range"][0]) else None
 
 class Curve:
     "The traces of a cell: a line, and under it the interval if there is one for any choice"
@@ -270,7 +270,7 @@ def _frames(curves, choices):
 
 def _list_of(choices, height):
     "The list to choose from, at the top right"
-    move = {"mode": "immediate", "frame": {"duration": 0, "redraw": True}, "transition": {"duration": 0}}
+    move = {"mode": "immediate", "frame": {"duration": 0}, "transition": {"duration": 0}}
     buttons = [{"label": escape(str(choice)), "method": "animate", "args": [["no interval", str(choice)], move]} for choice in choices]
     return {"buttons": buttons, "x": 1, "xanchor": "right", "y": height, "yanchor": "bottom", "pad": {"b": 0, "l": 0}, "bgcolor": "rgba(255,255,255,.9)", "bordercolor": GRID, "font": {"color": "#404040"}, "showactive": True}
 

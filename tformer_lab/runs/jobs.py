@@ -289,6 +289,7 @@ def _begin_kernel():
 
 _AT_START = f"exec({inspect.getsource(_begin_kernel) + '_begin_kernel()'!r}, {{}})"
 
+# %% ../../nbs/runs/jobs.ipynb #a49c27e2
 def _papermill():
     sys.modules.setdefault("rfc3987_syntax", None)
     import papermill
@@ -449,6 +450,7 @@ def _flush():
         try: stream.flush()
         except OSError: pass  # on a full disk
 
+# %% ../../nbs/runs/jobs.ipynb #87c9276e
 def _serve(runs_dir, retry):
     names, answers = _streams()
     import torch
@@ -466,6 +468,7 @@ def _serve(runs_dir, retry):
         if last: return 0  # the next run begins in a process that is as new as its own would be
     return 0
 
+# %% ../../nbs/runs/jobs.ipynb #984e4363
 _PATIENCE = 900  # seconds that a run without its sweep has for saving
 
 def _stop_without(parent):
@@ -476,6 +479,7 @@ def _stop_without(parent):
     for kernel in _kernels(): kernel.kill()
     os._exit(1)
 
+# %% ../../nbs/runs/jobs.ipynb #e17a7ae5
 def main(arguments:list[str]|None=None) -> int: # An exit status
     "Run a job, or serve several"
     import argparse

@@ -69,6 +69,7 @@ def _kill_with_children(pid):
         try: process.kill()
         except psutil.NoSuchProcess: pass
 
+# %% ../../nbs/runs/pool.ipynb #8edcc307
 class Slot:
     "Where one job after another runs"
     def __init__(self,

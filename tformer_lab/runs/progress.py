@@ -19,7 +19,7 @@ from ..storage import FileError
 if TYPE_CHECKING: import pandas as pd
 
 # %% auto #0
-__all__ = ['Look', 'look_at', 'Board', 'duration', 'summary', 'one_line', 'board_table', 'Teller']
+__all__ = ['Look', 'look_at', 'Board', 'duration', 'summary', 'one_line', 'board_table', 'blanked', 'Teller']
 
 # %% ../../nbs/runs/progress.ipynb #126129e8
 class Look(NamedTuple):
@@ -138,6 +138,13 @@ def board_table(
     return pd.DataFrame([{**{name: labels[job].get(name) for name in names}, "status": look.status, "step": look.step, "of": look.steps, "train/loss": look.loss, "seconds": look.seconds, "error": look.error or ""}
                          for job in jobs for look in [board.looks[job]]]).convert_dtypes()
 
+def blanked(
+    table:pd.DataFrame,
+) -> pd.DataFrame: # For showing only
+    "Nothing where a value is missing, whole numbers without a point"
+    return table.astype(object).where(table.notna(), "")
+
+# %% ../../nbs/runs/progress.ipynb #6443a3cc
 class Teller:
     "Says how a sweep goes, as it suits the place where it is read"
     def __init__(self,
@@ -190,7 +197,8 @@ class Teller:
         from IPython.display import HTML, display
         rows = board_table(self.board, self.labels, None if len(self.board.looks) <= _ROWS else _ROWS)
         more = f"<p>and {len(self.board.looks) - len(rows)} more</p>" if len(rows) < len(self.board.looks) else ""
-        table = rows.drop(columns=[name for name in ("error", "seconds") if not rows[name].notna().any() or (rows[name] == "").all()]).to_html(index=False, border=0, na_rep="", float_format=lambda x: f"{x:.4g}")
+        rows = rows.drop(columns=[name for name in ("error", "seconds") if not rows[name].notna().any() or (rows[name] == "").all()])
+        table = blanked(rows).to_html(index=False, border=0, float_format=lambda x: f"{x:.4g}")
         shown = HTML(f"<p>{summary(self.board, self.slots)}</p>{table}{more}")
         if self._display is None: self._display = display(shown, display_id=True)
         else: self._display.update(shown)

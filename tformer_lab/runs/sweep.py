@@ -21,7 +21,7 @@ import yaml
 from .grid import Condition, Grid, combinations, listed, plain, scalar
 from .jobs import Job, notebook_parameters, plan_jobs, trains
 from .pool import Pool, Slot, shares
-from .progress import Board, Teller, board_table
+from .progress import Board, Teller, blanked, board_table
 from .slurm import OPTIONS, SlurmError, cancel, check_slurm, queued, slurm_options, standing, standings, submit
 from .store import check_name, default_runs_dir, now
 from ..storage import FileError, write_atomically
@@ -135,11 +135,12 @@ def _check_papermill():
 # %% ../../nbs/runs/sweep.ipynb #461ed7ab
 def _run_local(found, jobs, slots, progress):
     board = Board(found.jobs)
-    teller, looked = Teller(board, found.labels, len(slots)), [0.]
+    teller, due = Teller(board, found.labels, len(slots)), 0.
     def tick():
-        if not progress or time.monotonic() - looked[0] < 1: return
-        looked[0] = time.monotonic()
+        nonlocal due
+        if not progress or (start := time.monotonic()) < due: return
         teller.tell(board.refresh())
+        due = time.monotonic() + max(1, 30 * (time.monotonic() - start))  # looking at thousands of jobs takes a thirtieth of the time at most
     try: Pool(slots, tick, say=teller.note if progress else lambda text: None).run(jobs)
     finally:
         if progress: teller.tell(board.refresh(), last=True)
@@ -200,6 +201,7 @@ def sweep(
         else: _run_local(found, jobs, [Slot(share, in_process, retry) for share in environments], progress)
     return found
 
+# %% ../../nbs/runs/sweep.ipynb #952c9d08
 @contextmanager
 def follow(
     found:Sweep,
@@ -318,7 +320,7 @@ def _arguments(given):
 def _look(given):
     "Answer what is asked of sweeps that were begun"
     if given.list: print("\n".join(list_sweeps(given.runs_dir)))
-    elif given.status: print(open_sweep(given.status, given.runs_dir).table().to_string(index=False, na_rep=""))
+    elif given.status: print(blanked(open_sweep(given.status, given.runs_dir).table()).to_string(index=False))
     else: print(f"{open_sweep(given.cancel, given.runs_dir).cancel()} jobs cancelled")
     return 0
 
