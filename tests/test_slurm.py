@@ -480,7 +480,7 @@ def displaced(interrupted, cluster):
     node = shown(list(found.jobs)[0])["NodeList"]
     subprocess.run(["scontrol", "update", f"NodeName={node}", "State=DOWN", "Reason=test"], check=True)
     wait_for(lambda: all(state == "PENDING" for state in queued_for(found).values()))
-    subprocess.run(["scontrol", "update", f"NodeName={node}", "State=RESUME"], check=True)
+    subprocess.run(["scontrol", "update", f"NodeName={node}", "State=RESUME"])  # which is refused where the node has come back by itself
     cluster.sweep(tags)
     return SimpleNamespace(jobs=list(found.jobs), saved=saved)
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import signal
 import sys
 import time
@@ -320,9 +321,13 @@ def _arguments(given):
 def _look(given):
     "Answer what is asked of sweeps that were begun"
     if given.list: print("\n".join(list_sweeps(given.runs_dir)))
-    elif given.status: print(blanked(open_sweep(given.status, given.runs_dir).table()).to_string(index=False))
+    elif given.status: print(blanked(open_sweep(given.status, given.runs_dir).table()).to_string(index=False, float_format=lambda x: f"{x:.6g}"))
     else: print(f"{open_sweep(given.cancel, given.runs_dir).cancel()} jobs cancelled")
     return 0
+
+def _negative_as_values(arguments):
+    "argparse takes `-1,-2` for an option, unless there is a space in it"
+    return [f" {text}" if re.match(r"-\.?\d", text) else text for text in arguments]
 
 def _interrupt(number, frame):
     "SIGTERM stops as Ctrl-C does, and a second one at once"
@@ -336,7 +341,7 @@ def _status(found, waited):
 
 def main(arguments:list[str]|None=None) -> int: # An exit status
     "The command `tformer-sweep`"
-    given = _parser().parse_args(arguments)
+    given = _parser().parse_args(_negative_as_values(sys.argv[1:] if arguments is None else arguments))
     before = signal.signal(signal.SIGTERM, _interrupt)
     if "" not in sys.path: sys.path.insert(0, "")  # a task in the working directory, as the runs find it
     try:
