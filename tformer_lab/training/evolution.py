@@ -101,6 +101,11 @@ class _Loss(nn.Module):
 
     def forward(self, batch): return self.task.loss(self.model, batch)
 
+def _reseed(device, seed):
+    "As torch.manual_seed, which is slow where a model is small: it asks for devices of all kinds"
+    torch.default_generator.manual_seed(seed)
+    if device.type == "cuda": torch.cuda.default_generators[torch.cuda.current_device() if device.index is None else device.index].manual_seed(seed)
+
 class Candidates:
     "A model's trainable weights as one vector, and the losses of others in their place"
     def __init__(self,
@@ -117,8 +122,10 @@ class Candidates:
         "A copy of the model's weights"
         return torch.cat([p.flatten() for p in self._parameters])
 
-    def _parts(self, vector):
-        return [part.view_as(p) for p, part in zip(self._parameters, vector.split([p.numel() for p in self._parameters]))]
+    def _parts(self, values):
+        "The weights in a vector, or in each of several, in the shapes of the model's"
+        parts = values.split([p.numel() for p in self._parameters], dim=-1)
+        return [part.view(*values.shape[:-1], *p.shape) for p, part in zip(self._parameters, parts)]
 
     @torch.no_grad()
     def write(self,
@@ -136,26 +143,28 @@ class Candidates:
     ) -> Tensor: # [candidates]; infinite where it is no number
         "The loss of each candidate; model and random state are afterwards as before"
         devices = [values.device] if values.device.type == "cuda" else []
-        with torch.random.fork_rng(devices):
-            found = self._each(values, batch, seed) if at_once == 1 else torch.cat([self._together(part, batch, seed) for part in values.split(at_once)])
+        buffers = [(b, b.clone()) for b in self._loss.buffers()]
+        try:
+            with torch.random.fork_rng(devices):
+                found = self._each(values, batch, seed) if at_once == 1 else torch.cat([self._together(part, batch, seed) for part in values.split(at_once)])
+        finally:
+            for buffer, before in buffers: buffer.copy_(before)
         return found.to(values.dtype).nan_to_num(nan=torch.inf, posinf=torch.inf)
 
     def _each(self, values, batch, seed):
-        mine, buffers = self.read(), [(b, b.clone()) for b in self._loss.buffers()]
-        found = []
+        mine, found = [p.data for p in self._parameters], []
         try:
-            for vector in values:
-                self.write(vector)
-                torch.manual_seed(seed)
+            for parts in zip(*(part.unbind() for part in self._parts(values))):
+                for p, part in zip(self._parameters, parts): p.data = part
+                _reseed(values.device, seed)
                 found.append(self._loss(batch).detach())
         finally:
-            self.write(mine)
-            for buffer, before in buffers: buffer.copy_(before)
+            for p, own in zip(self._parameters, mine): p.data = own
         return torch.stack(found)
 
     def _together(self, values, batch, seed):
         def loss(vector): return functional_call(self._loss, dict(zip(self._names, self._parts(vector))), (batch,))
-        torch.manual_seed(seed)
+        _reseed(values.device, seed)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "There is a performance drop")  # which is measured
             return vmap(loss, randomness="same")(values)
