@@ -2,6 +2,7 @@
 import json
 import os
 import signal
+import subprocess
 import sys
 from typing import ClassVar
 
@@ -134,7 +135,8 @@ def test_known_optimum_is_reached(kind, tmp_path):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_recall_is_learnt(kind, tmp_path):
-    run = train(tmp_path, kind, Recall(vocab_size=12, d_model=24, length=10, test_size=16), steps=30, batch_size=32, candidates=32, candidates_at_once=1, evaluations=1, checkpoints=1, lr=.1 if kind == "es" else None)
+    task = Recall(vocab_size=12, d_model=24, length=10, test_size=16)
+    run = train(tmp_path, kind, task, steps=30, batch_size=32, candidates=32, candidates_at_once=1, evaluations=1, checkpoints=1, lr=.1 if kind == "es" else None)
     losses = run.metrics["train/loss"]
     assert losses[0] == pytest.approx(np.log(12)) and losses.tail(5).mean() < (1.7 if kind == "es" else 2.1)
 
@@ -294,7 +296,8 @@ WRONG = {"es_sigma is for optimizer = 'es', not for adam": {"es_sigma": .1}, "ga
          "candidates is for optimizer = 'es' and optimizer = 'ga', not for sgd": {"optimizer": "sgd", "candidates": 8},
          "lr is for optimizers that follow a gradient and optimizer = 'es', not for ga": {"optimizer": "ga", "lr": .1},
          "candidates = 7: it should be a multiple of 2": {"optimizer": "es", "candidates": 7}, "candidates = 2: it should be greater than or equal to 4": {"optimizer": "ga", "candidates": 2},
-         "es_sigma = 0: it should be greater than 0": {"optimizer": "es", "es_sigma": 0}, "did you mean 'es'": {"optimizer": "ess"}, "there is no parameter 'es_sigm'; did you mean 'es_sigma'": {"es_sigm": 1}}
+         "es_sigma = 0: it should be greater than 0": {"optimizer": "es", "es_sigma": 0},
+         "did you mean 'es'": {"optimizer": "ess"}, "there is no parameter 'es_sigm'; did you mean 'es_sigma'": {"es_sigm": 1}}
 
 
 @pytest.mark.parametrize("said", WRONG)
@@ -317,11 +320,12 @@ def test_missing_evotorch_is_named_with_the_command_that_installs_it(tmp_path, m
 
 def test_defaults_are_those_of_the_optimizer_and_not_of_a_task_that_is_made_for_another():
     es, ga, usual = (trainer_for(Recall(), **given) for given in ({"optimizer": "es"}, {"optimizer": "ga"}, {}))
-    assert (es.lr, es.candidates, es.es_sigma, es.steps) == (.05, 256, .15, 2000) and (ga.lr, ga.candidates, ga.ga_tournament, ga.es_sigma) == (None, 300, 3, None)
+    assert (es.lr, es.candidates, es.es_sigma, es.steps) == (.05, 256, .15, 2000)
+    assert (ga.lr, ga.candidates, ga.ga_tournament, ga.es_sigma) == (None, 300, 3, None)
     assert (usual.lr, usual.candidates, Trainer().lr, trainer_for(Recall(), optimizer="adam").lr) == (.5, None, .001, .5)
 
 
 def test_evotorch_is_imported_only_when_it_is_used():
-    import subprocess
-    code = "import sys, tempfile, tformer_lab.training.fit as f; from tformer_lab.tasks.recall import Recall; f.fit(Recall(length=8), runs_dir=tempfile.mkdtemp(), steps=1, batch_size=2, progress=False); print('evotorch' in sys.modules)"
+    code = "import sys, tempfile, tformer_lab.training.fit as f; from tformer_lab.tasks.recall import Recall; " \
+           "f.fit(Recall(length=8), runs_dir=tempfile.mkdtemp(), steps=1, batch_size=2, progress=False); print('evotorch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "False"

@@ -106,6 +106,7 @@ def _reseed(device, seed):
     torch.default_generator.manual_seed(seed)
     if device.type == "cuda": torch.cuda.default_generators[torch.cuda.current_device() if device.index is None else device.index].manual_seed(seed)
 
+# %% ../../nbs/training/evolution.ipynb #5a76ea4e
 class Candidates:
     "A model's trainable weights as one vector, and the losses of others in their place"
     def __init__(self,

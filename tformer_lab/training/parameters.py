@@ -25,6 +25,7 @@ OWN:dict[str, dict[str, Any]] = {  # what one kind of optimizer has and others h
     "es": {"lr": .05, "candidates": 256, "candidates_at_once": None, "es_sigma": .15},
     "ga": {"candidates": 300, "candidates_at_once": None, "ga_tournament": 3, "ga_eta": 15., "ga_mutation": .05}}
 _GRADIENT = {"lr": 1e-3}  # of all the others
+_SPECIAL = dict.fromkeys(name for own in (_GRADIENT, *OWN.values()) for name in own)
 
 @dataclass(config=ConfigDict(extra="forbid"), frozen=True, kw_only=True)
 class Trainer:
@@ -56,7 +57,7 @@ class Trainer:
     def _fits(self):
         if self.population_size and not self.samples: raise ValueError("population_size is for a finite training set: give samples, too")
         own = OWN.get(self.optimizer, _GRADIENT)
-        for name in {name: None for of in (_GRADIENT, *OWN.values()) for name in of}:
+        for name in _SPECIAL:
             if name in own and getattr(self, name) is None: object.__setattr__(self, name, own[name])
             if name not in own and getattr(self, name) is not None: raise ValueError(f"{name} is for {_takers(name)}, not for {self.optimizer}")
         return self
