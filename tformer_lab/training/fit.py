@@ -28,13 +28,14 @@ from ..runs.tracking import check_mlflow, tracked
 from ..spectra.history import record
 from ..spectra.matrices import weight_matrices
 from ..tasks.task import Task, task_class
+from .evolution import ALGORITHMS, Evolution
 from .optimizers import make_optimizer
-from .parameters import ParameterError, Trainer, build, check_names, did_you_mean, field_names, resolve, trainer_for
+from .parameters import OWN, ParameterError, Trainer, build, check_names, did_you_mean, field_names, resolve, trainer_for
 
 # %% auto #0
 __all__ = ['POPULATION_SIZE', 'POPULATION_STREAM', 'log_spaced', 'spaced', 'map_batch', 'Batches', 'StopRequest', 'MetricsLog',
-           'make_accelerator', 'default_threads', 'Session', 'Loop', 'own_label', 'label', 'describe', 'announce',
-           'resumed', 'check_same', 'check_tracking', 'fit', 'Job', 'prepare']
+           'make_accelerator', 'default_threads', 'Descent', 'Session', 'Loop', 'own_label', 'label', 'describe',
+           'announce', 'resumed', 'check_same', 'check_tracking', 'fit', 'Job', 'prepare']
 
 # %% ../../nbs/training/fit.ipynb #9e989a88
 def log_spaced(
@@ -185,8 +186,41 @@ def default_threads(model:nn.Module) -> int:
     return 1 if sum(p.numel() for p in model.parameters()) < 1_000_000 else torch.get_num_threads()
 
 # %% ../../nbs/training/fit.ipynb #c785fcb2
+class Descent:
+    "Improves a model by steps along the gradient of its loss"
+    follows_gradient = True
+
+    def __init__(self,
+        accelerator:Accelerator,
+        optimizer:torch.optim.Optimizer, # As the accelerator has prepared it
+    ): self.accelerator, self.optimizer = accelerator, optimizer
+
+    def settle(self,
+        draw:Callable[[], tuple], # Gives a batch like those that follow
+        config:Mapping[str, Any]|None=None, # Of the run that is resumed
+    ) -> dict[str, Any]: # For the run's config.yaml
+        "There is nothing to decide"
+        return {}
+
+    def step(self,
+        loss:Tensor, # With its graph
+        batch:tuple, # That it is of
+    ) -> None:
+        "One step of the optimizer"
+        self.optimizer.zero_grad()
+        self.accelerator.backward(loss)
+        self.optimizer.step()
+
+    def state_dict(self) -> dict[str, Any]:
+        "The optimizer's"
+        return self.optimizer.state_dict()
+
+    def load_state_dict(self, state:Mapping[str, Any]) -> None:
+        "Go on from a saved state"
+        self.optimizer.load_state_dict(state)
+
 class Session:
-    "Model, optimizer, batches and random state of one training"
+    "Model, method, batches and random state of one training"
     def __init__(self, task:Task, trainer:Trainer):
         self.task, self.trainer = task, trainer
         self.accelerator = make_accelerator(trainer)
@@ -197,20 +231,32 @@ class Session:
         if trainer.precision == "float64": model = model.double()
         if not weight_matrices(model): raise ValueError(f"{type(model).__name__} has no 2-D weights whose spectra could be recorded")
         self.threads = trainer.threads or default_threads(model)
-        self.model, self.optimizer = self.accelerator.prepare(model, make_optimizer(trainer.optimizer, model.parameters(), trainer.lr))
+        self.model, self.method = self._prepare(model)
         self.bare = model  # without what `prepare` puts around it; the accelerator's unwrap_model imports torch's compiler
         torch.manual_seed(trainer.seed + self.rank)
         self._population = task.batch(trainer.population_size or POPULATION_SIZE, np.random.default_rng(POPULATION_STREAM)) if trainer.samples else None
 
+    def _prepare(self, model):
+        name = self.trainer.optimizer
+        if name not in ALGORITHMS:
+            model, optimizer = self.accelerator.prepare(model, make_optimizer(name, model.parameters(), self.trainer.lr))
+            return model, Descent(self.accelerator, optimizer)
+        if self.processes > 1: raise ParameterError(f"optimizer = {name!r}: it trains in one process, and these are {self.processes}")
+        prepared = self.accelerator.prepare(model)
+        return prepared, Evolution(self.task, model, self.trainer)
+
+    def settle(self, config:Mapping[str, Any]|None=None) -> dict[str, Any]: # For the run's config.yaml
+        "Have the method decide what it decides by measuring, or do as the resumed run did"
+        return self.method.settle(lambda: self._to_device(self.task.batch(self.trainer.batch_size, np.random.default_rng([self.trainer.seed, 3]))), config)
+
     def loss(self, step:int) -> Tensor: # Scalar, on this process's part of the batch
         "The loss on a step's batch"
-        return self.task.loss(self.model, self._to_device(self.batches.batch(step)))
+        self._batch = self._to_device(self.batches.batch(step))
+        return self.task.loss(self.model, self._batch)
 
     def update(self, loss:Tensor) -> None:
-        "One step of the optimizer"
-        self.optimizer.zero_grad()
-        self.accelerator.backward(loss)
-        self.optimizer.step()
+        "One step of the method, on the batch of that loss"
+        self.method.step(loss, self._batch)
 
     def _to_device(self, batch):
         double = self.trainer.precision == "float64"
@@ -245,7 +291,7 @@ class Session:
         "What a later session needs to go on, its tensors shared with this one; all processes have to ask"
         random = {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state() if self.accelerator.device.type == "cuda" else None}
         scaler = self.accelerator.scaler
-        return {"model": self.bare.state_dict(), "optimizer": self.optimizer.state_dict(), "batches": self.batches.state(),
+        return {"model": self.bare.state_dict(), "optimizer": self.method.state_dict(), "batches": self.batches.state(),
                 "scaler": scaler.state_dict() if scaler is not None else None,
                 "random": gather_object([random])}
 
@@ -253,7 +299,7 @@ class Session:
         "Go on from a saved state"
         if len(state["random"]) != self.processes: raise ValueError(f"it was saved by {len(state['random'])} processes, and this is one of {self.processes}")
         self.bare.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        self.method.load_state_dict(state["optimizer"])
         self.batches.restore(state["batches"])
         if self.accelerator.scaler is not None: self.accelerator.scaler.load_state_dict(state["scaler"])
         random = state["random"][self.rank]
@@ -321,7 +367,7 @@ class Loop:
             if self._is_late(step) or stopping: self.save(step)
             if stopping: return self.stop.reason or "another process was stopped"
             metrics = self.session.evaluate() if step in self.evaluated else {}
-            with torch.set_grad_enabled(step < last): loss = self.session.loss(step)
+            with torch.set_grad_enabled(step < last and self.session.method.follows_gradient): loss = self.session.loss(step)
             self.log.add(step, {"train/loss": self.session.mean(loss.detach()), **metrics})
             if step < last: self.session.update(loss)
         self.log.flush()
@@ -338,7 +384,8 @@ def own_label(
 def label(task:Task, trainer:Trainer) -> str: # "recall-origin-softmax-FA-lr0.5-seed0"
     "What a training is, in a few words"
     finite = [f"samples{trainer.samples}"] if trainer.samples else []
-    return "-".join(filter(None, [task.name, own_label(task), f"lr{trainer.lr:g}", *finite, f"seed{trainer.seed}"]))
+    how = [*([trainer.optimizer] if trainer.optimizer in OWN else []), *([] if trainer.lr is None else [f"lr{trainer.lr:g}"])]
+    return "-".join(filter(None, [task.name, own_label(task), *how, *finite, f"seed{trainer.seed}"]))
 
 def _defaults(kind):
     try: return kind()
@@ -350,7 +397,7 @@ def describe(session:Session) -> dict[str, Any]:
     learnable = {"train/loss"} if session.trainer.samples else set()  # a finite training set can be learnt by heart, and its loss has no such bound
     return {"task": session.task.name, "model": own_label(session.task) or type(session.bare).__name__, "parameters": asdict(session.task), "trainer": asdict(session.trainer),
             "optimum": [o for o in known if o["metric"] not in learnable], "device": str(session.accelerator.device),
-            "threads": session.threads, "processes": session.processes}
+            "threads": session.threads, "processes": session.processes, **session.settle()}
 
 def announce(session:Session, path:Path) -> str:
     "How much will be kept, and where"
@@ -424,6 +471,8 @@ def fit(
     return run
 
 def _fit(session, stop, runs_dir, name, resume, progress, tracking, notebook):
+    torch.set_num_threads(resume.config.get("threads", session.threads) if resume else session.threads)
+    if resume: session.settle(resume.config)
     if session.rank: return None, _go_on(session, None, stop, resume, progress)
     run = resume or Run.create(Path(runs_dir or default_runs_dir()) / (name or unique_name(label(session.task, session.trainer))), describe(session))
     if progress: print(announce(session, run.path))
@@ -435,7 +484,6 @@ def _fit(session, stop, runs_dir, name, resume, progress, tracking, notebook):
     return run, reason
 
 def _go_on(session, writer, stop, resume, progress):
-    torch.set_num_threads(resume.config.get("threads", session.threads) if resume else session.threads)
     return Loop(session, writer, stop, progress).run(_restore(session, writer, resume) if resume else 0)
 
 def _restore(session, writer, run):

@@ -17,10 +17,16 @@ from pydantic.dataclasses import dataclass
 from ..tasks.task import Task, task_class
 
 # %% auto #0
-__all__ = ['Trainer', 'ParameterError', 'did_you_mean', 'build', 'check_names', 'field_names', 'trainer_for', 'resolve',
+__all__ = ['OWN', 'Trainer', 'ParameterError', 'did_you_mean', 'build', 'check_names', 'field_names', 'trainer_for', 'resolve',
            'NotebookParameters']
 
 # %% ../../nbs/training/parameters.ipynb #bfaa4205
+OWN:dict[str, dict[str, Any]] = {  # what one kind of optimizer has and others have not, with its default
+    "es": {"lr": .05, "candidates": 256, "candidates_at_once": None, "es_sigma": .15},
+    "ga": {"candidates": 300, "candidates_at_once": None, "ga_tournament": 3, "ga_eta": 15., "ga_mutation": .05}}
+_GRADIENT = {"lr": 1e-3}  # of all the others
+_SPECIAL = dict.fromkeys(name for own in (_GRADIENT, *OWN.values()) for name in own)
+
 @dataclass(config=ConfigDict(extra="forbid"), frozen=True, kw_only=True)
 class Trainer:
     "How a task is trained"
@@ -28,14 +34,20 @@ class Trainer:
     batch_size:int = Field(512, ge=1) # Examples in a batch, over all processes
     samples:int|None = Field(None, ge=1) # Examples of a finite training set; None: fresh ones for each batch
     population_size:int|None = Field(None, ge=1) # With samples: fresh examples that measure the population loss; None: 20480
-    optimizer:Literal["normalized_gd", "sgd", "adam", "adamw"] = "adam"
-    lr:float = Field(1e-3, gt=0, allow_inf_nan=False) # Learning rate
+    optimizer:Literal["normalized_gd", "sgd", "adam", "adamw", "es", "ga"] = "adam"
+    lr:float|None = Field(None, gt=0, allow_inf_nan=False) # Learning rate; None: 0.001, of es 0.05; ga has none
     seed:int = Field(0, ge=0, lt=2**32) # Of the initial weights, the batches and their order
     checkpoints:int = Field(50, ge=1) # Steps at which spectra are recorded, the last among them; step 0 comes on top
     evaluations:int|None = Field(None, ge=1) # Steps at which the task's evaluation is recorded; None: all, or the ends of epochs
     spacing:Literal["log", "linear"] = "log" # How checkpoints and evaluations are spread
     keep_weights:bool = True # Keep the weights at each checkpoint, too?
     device:Literal["auto", "cpu", "cuda", "mps"] = "auto" # auto: CUDA, then MPS, then the CPU
+    candidates:int|None = Field(None, ge=4, multiple_of=2) # es, ga: weights that are tried in a generation; None: 256, of ga 300
+    candidates_at_once:int|None = Field(None, ge=1) # es, ga: how many one vectorized pass evaluates; None: what is found to be fastest
+    es_sigma:float|None = Field(None, gt=0, allow_inf_nan=False) # es: standard deviation of the candidates around their centre; None: 0.15
+    ga_tournament:int|None = Field(None, ge=1) # ga: candidates of which the best becomes a parent; None: 3
+    ga_eta:float|None = Field(None, ge=0, allow_inf_nan=False) # ga: the larger, the nearer are children to their parents; None: 15
+    ga_mutation:float|None = Field(None, ge=0, allow_inf_nan=False) # ga: standard deviation of what is added to children; None: 0.05
     precision:Literal["float32", "float64", "bfloat16", "float16"] = "float32" # Of the arithmetic, and with float64 of the weights, too
     threads:int|None = Field(None, ge=1) # CPU threads; None: one below a million weights, where more only hurt
     time_limit:float|None = Field(None, gt=0) # Minutes after which everything is saved and training stops
@@ -44,7 +56,15 @@ class Trainer:
     @model_validator(mode="after")
     def _fits(self):
         if self.population_size and not self.samples: raise ValueError("population_size is for a finite training set: give samples, too")
+        own = OWN.get(self.optimizer, _GRADIENT)
+        for name in _SPECIAL:
+            if name in own and getattr(self, name) is None: object.__setattr__(self, name, own[name])
+            if name not in own and getattr(self, name) is not None: raise ValueError(f"{name} is for {_takers(name)}, not for {self.optimizer}")
         return self
+
+def _takers(name):
+    "The optimizers that have a parameter, in words"
+    return " and ".join([*(["optimizers that follow a gradient"] if name in _GRADIENT else []), *(f"optimizer = {kind!r}" for kind, own in OWN.items() if name in own)])
 
 # %% ../../nbs/training/parameters.ipynb #af19e2ae
 class ParameterError(ValueError):
@@ -105,7 +125,10 @@ def trainer_for(
 ) -> Trainer:
     "A trainer with the defaults of a task, and what is given instead"
     check_names(given, field_names(Trainer))
-    return build(Trainer, {**getattr(task, "defaults", {}), **given})
+    usual = dict(getattr(task, "defaults", {}))
+    kinds = [OWN.get(name, _GRADIENT) for name in (given.get("optimizer") or usual.get("optimizer"), usual.get("optimizer"))]
+    if kinds[0] is not kinds[1]: usual = {name: value for name, value in usual.items() if name not in kinds[1]}  # they were for its own kind of optimizer
+    return build(Trainer, {**usual, **given})
 
 def resolve(
     given:Mapping[str, Any], # Parameters by name, "task" among them; None for a default
