@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+import math
 import signal
 import threading
 import time
@@ -33,8 +34,9 @@ from .parameters import ParameterError, Trainer, build, check_names, did_you_mea
 
 # %% auto #0
 __all__ = ['POPULATION_SIZE', 'POPULATION_STREAM', 'log_spaced', 'spaced', 'map_batch', 'Batches', 'StopRequest', 'MetricsLog',
-           'make_accelerator', 'default_threads', 'Session', 'Loop', 'own_label', 'label', 'describe', 'announce',
-           'resumed', 'check_same', 'check_tracking', 'fit', 'Job', 'prepare']
+           'make_accelerator', 'default_threads', 'Patience', 'make_patience', 'population_size', 'Session', 'Loop',
+           'own_label', 'label', 'describe', 'announce', 'resumed', 'check_same', 'check_tracking', 'fit', 'trained',
+           'Job', 'prepare']
 
 # %% ../../nbs/training/fit.ipynb #9e989a88
 def log_spaced(
@@ -184,13 +186,55 @@ def default_threads(model:nn.Module) -> int:
     "One below a million weights, where more only hurt; else as many as torch takes"
     return 1 if sum(p.numel() for p in model.parameters()) < 1_000_000 else torch.get_num_threads()
 
+# %% ../../nbs/training/fit.ipynb #fb2343c9
+class Patience:
+    "Counts evaluations since the best one"
+    def __init__(self,
+        evaluations:int|None=None, # Without a better value, after which patience ends; None: it never does
+        metric:str|None=None, # That is to become small
+    ): self.evaluations, self.metric, self.best, self.since = evaluations, metric, math.inf, 0
+
+    def _after(self, metrics):
+        if self.metric not in metrics: raise LookupError(f"patience looks at {self.metric}, which the task's evaluation does not give; it gives {', '.join(metrics)}")
+        value = float(metrics[self.metric])
+        return (value, 0) if value < self.best else (self.best, self.since + 1)
+
+    def ends(self,
+        metrics:Mapping[str, Any], # Of an evaluation
+    ) -> bool:
+        "Would this evaluation be one too many?"
+        return self.evaluations is not None and self._after(metrics)[1] >= self.evaluations
+
+    def count(self, metrics:Mapping[str, Any]) -> None:
+        "Take note of an evaluation"
+        if self.evaluations is not None: self.best, self.since = self._after(metrics)
+
 # %% ../../nbs/training/fit.ipynb #c785fcb2
+def make_patience(
+    task:Task,
+    trainer:Trainer,
+) -> Patience: # Raises ParameterError where the task selects by nothing
+    "The patience that was asked for"
+    metric = getattr(task, "selects", None)
+    if trainer.patience and metric is None: raise ParameterError(f"patience = {trainer.patience}: {task.name} has no metric that it selects by")
+    return Patience(trainer.patience, metric)
+
+def population_size(
+    task:Task,
+    trainer:Trainer,
+) -> int: # 0 where there is none to measure
+    "Fresh examples that measure the population loss"
+    own = getattr(task, "population_size", POPULATION_SIZE)
+    if own is None and trainer.population_size: raise ParameterError(f"population_size = {trainer.population_size}: {task.name} has no population here, only the examples that it has")
+    return (trainer.population_size or own or 0) if trainer.samples else 0
+
 class Session:
     "Model, optimizer, batches and random state of one training"
     def __init__(self, task:Task, trainer:Trainer):
         self.task, self.trainer = task, trainer
         self.accelerator = make_accelerator(trainer)
         self.rank, self.processes = self.accelerator.process_index, self.accelerator.num_processes
+        self.patience = make_patience(task, trainer)
         torch.manual_seed(trainer.seed)
         self.batches = Batches(task, trainer, self.rank, self.processes)
         model = task.model(self.batches.data)
@@ -200,7 +244,8 @@ class Session:
         self.model, self.optimizer = self.accelerator.prepare(model, make_optimizer(trainer.optimizer, model.parameters(), trainer.lr))
         self.bare = model  # without what `prepare` puts around it; the accelerator's unwrap_model imports torch's compiler
         torch.manual_seed(trainer.seed + self.rank)
-        self._population = task.batch(trainer.population_size or POPULATION_SIZE, np.random.default_rng(POPULATION_STREAM)) if trainer.samples else None
+        size = population_size(task, trainer)
+        self._population = task.batch(size, np.random.default_rng(POPULATION_STREAM)) if size else None
 
     def loss(self, step:int) -> Tensor: # Scalar, on this process's part of the batch
         "The loss on a step's batch"
@@ -247,6 +292,7 @@ class Session:
         scaler = self.accelerator.scaler
         return {"model": self.bare.state_dict(), "optimizer": self.optimizer.state_dict(), "batches": self.batches.state(),
                 "scaler": scaler.state_dict() if scaler is not None else None,
+                "patience": {"best": self.patience.best, "since": self.patience.since},
                 "random": gather_object([random])}
 
     def restore(self, state:Mapping[str, Any]) -> None:
@@ -255,6 +301,7 @@ class Session:
         self.bare.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.batches.restore(state["batches"])
+        for name, value in state.get("patience", {}).items(): setattr(self.patience, name, value)
         if self.accelerator.scaler is not None: self.accelerator.scaler.load_state_dict(state["scaler"])
         random = state["random"][self.rank]
         torch.set_rng_state(random["cpu"])
@@ -278,6 +325,16 @@ class Loop:
     def _evaluation_steps(self):
         if self.trainer.evaluations: return set(spaced(self.trainer.steps, self.trainer.evaluations, self.trainer.spacing))
         return set(range(0, self.trainer.steps + 1, self.session.batches.per_epoch or 1))
+
+    def _ends(self, step, metrics):
+        "Has patience run out? Then this is the last step, and recorded like one"
+        patience = self.session.patience
+        if patience.evaluations is None or not self.session.anyone(patience.ends(metrics)):
+            patience.count(metrics)
+            return False
+        if step not in self.recorded: self.record(step)
+        self.save(step)  # without this evaluation, which is made again by a session that goes on from here
+        return True
 
     def _write(self, rows):
         if self.writer is None: return
@@ -321,9 +378,11 @@ class Loop:
             if self._is_late(step) or stopping: self.save(step)
             if stopping: return self.stop.reason or "another process was stopped"
             metrics = self.session.evaluate() if step in self.evaluated else {}
-            with torch.set_grad_enabled(step < last): loss = self.session.loss(step)
+            ended = step == last or bool(metrics) and self._ends(step, metrics)
+            with torch.set_grad_enabled(not ended): loss = self.session.loss(step)
             self.log.add(step, {"train/loss": self.session.mean(loss.detach()), **metrics})
-            if step < last: self.session.update(loss)
+            if ended: break
+            self.session.update(loss)
         self.log.flush()
 
 # %% ../../nbs/training/fit.ipynb #6031ddfc
@@ -349,7 +408,7 @@ def describe(session:Session) -> dict[str, Any]:
     known = [asdict(o) for o in session.task.optimum()]
     learnable = {"train/loss"} if session.trainer.samples else set()  # a finite training set can be learnt by heart, and its loss has no such bound
     return {"task": session.task.name, "model": own_label(session.task) or type(session.bare).__name__, "parameters": asdict(session.task), "trainer": asdict(session.trainer),
-            "optimum": [o for o in known if o["metric"] not in learnable], "device": str(session.accelerator.device),
+            "optimum": [o for o in known if o["metric"] not in learnable], "references": [asdict(r) for r in getattr(session.task, "references", list)()], "device": str(session.accelerator.device),
             "threads": session.threads, "processes": session.processes}
 
 def announce(session:Session, path:Path) -> str:
@@ -432,6 +491,7 @@ def _fit(session, stop, runs_dir, name, resume, progress, tracking, notebook):
         if reason:
             writer.close("stopped", reason)
             if progress: print(f"stopped by {reason} at step {writer.step}; {shown(run.path)} can be resumed")
+        elif progress and writer.step < session.trainer.steps: print(f"ended at step {writer.step}: no better {session.patience.metric} than {session.patience.best:.4g} in {session.patience.evaluations} evaluations")
     return run, reason
 
 def _go_on(session, writer, stop, resume, progress):
@@ -451,6 +511,21 @@ def _restore(session, writer, run):
         raise error if isinstance(error, RunError) else RunError(f"{run.path / 'state.pt'} does not fit this training: {error}") from error
     if writer: writer.step = step
     return step
+
+# %% ../../nbs/training/fit.ipynb #71f61973
+def trained(
+    run:Run,
+    task:type|None=None, # The class of a task that is not registered
+) -> nn.Module: # On the CPU, for evaluation
+    "The model of a run, with the weights of its last saved state"
+    task, trainer = resumed(run, task)
+    state = read_state(run.path)
+    if state is None: raise RunError(f"{run.path} has no state.pt yet, and so no weights to take")
+    with torch.random.fork_rng(): model = task.model()
+    if trainer.precision == "float64": model = model.double()
+    try: model.load_state_dict(state["model"])
+    except (LookupError, RuntimeError) as error: raise RunError(f"{run.path / 'state.pt'} does not fit this task's model: {error}") from error
+    return model.eval()
 
 # %% ../../nbs/training/fit.ipynb #bfbfc2c0
 _PLACES = {"runs_dir", "name", "resume", "tracking"}  # of the run; the others say how to train it

@@ -27,12 +27,13 @@ class Trainer:
     steps:int = Field(2000, ge=1) # Updates
     batch_size:int = Field(512, ge=1) # Examples in a batch, over all processes
     samples:int|None = Field(None, ge=1) # Examples of a finite training set; None: fresh ones for each batch
-    population_size:int|None = Field(None, ge=1) # With samples: fresh examples that measure the population loss; None: 20480
+    population_size:int|None = Field(None, ge=1) # With samples: fresh examples that measure the population loss; None: the task's own number, else 20480
     optimizer:Literal["normalized_gd", "sgd", "adam", "adamw"] = "adam"
     lr:float = Field(1e-3, gt=0, allow_inf_nan=False) # Learning rate
     seed:int = Field(0, ge=0, lt=2**32) # Of the initial weights, the batches and their order
     checkpoints:int = Field(50, ge=1) # Steps at which spectra are recorded, the last among them; step 0 comes on top
     evaluations:int|None = Field(None, ge=1) # Steps at which the task's evaluation is recorded; None: all, or the ends of epochs
+    patience:int|None = Field(None, ge=1) # Evaluations without a better value of the metric that the task selects by, after which training ends; None: never
     spacing:Literal["log", "linear"] = "log" # How checkpoints and evaluations are spread
     keep_weights:bool = True # Keep the weights at each checkpoint, too?
     device:Literal["auto", "cpu", "cuda", "mps"] = "auto" # auto: CUDA, then MPS, then the CPU
