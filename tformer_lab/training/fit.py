@@ -30,7 +30,7 @@ from ..spectra.history import record
 from ..spectra.matrices import weight_matrices
 from ..tasks.task import Task, task_class
 from .optimizers import make_optimizer
-from .parameters import ParameterError, Trainer, build, check_names, did_you_mean, field_names, resolve, trainer_for
+from .parameters import ParameterError, Trainer, build, check_names, did_you_mean, field_names, parameter_values, resolve, trainer_for
 
 # %% auto #0
 __all__ = ['POPULATION_SIZE', 'POPULATION_STREAM', 'log_spaced', 'spaced', 'map_batch', 'Batches', 'StopRequest', 'MetricsLog',
@@ -407,7 +407,7 @@ def describe(session:Session) -> dict[str, Any]:
     "What `config.yaml` says of a training"
     known = [asdict(o) for o in session.task.optimum()]
     learnable = {"train/loss"} if session.trainer.samples else set()  # a finite training set can be learnt by heart, and its loss has no such bound
-    return {"task": session.task.name, "model": own_label(session.task) or type(session.bare).__name__, "parameters": asdict(session.task), "trainer": asdict(session.trainer),
+    return {"task": session.task.name, "model": own_label(session.task) or type(session.bare).__name__, "parameters": parameter_values(session.task), "trainer": parameter_values(session.trainer),
             "optimum": [o for o in known if o["metric"] not in learnable], "references": [asdict(r) for r in getattr(session.task, "references", list)()], "device": str(session.accelerator.device),
             "threads": session.threads, "processes": session.processes}
 
@@ -444,7 +444,7 @@ def check_same(
 ) -> None: # Raises ParameterError
     "Refuse to resume a run with other parameters than its own"
     if task.name != run.config.get("task"): raise ParameterError(f"task = {task.name!r}: {run.name} was begun with {run.config.get('task')!r}, and goes on only with that")
-    for mine, kept in zip((asdict(task), asdict(trainer)), map(asdict, resumed(run, type(task)))):
+    for mine, kept in zip(map(parameter_values, (task, trainer)), map(parameter_values, resumed(run, type(task)))):
         for name, value in mine.items():
             if name not in _FREE and kept[name] != value: raise ParameterError(f"{name} = {value!r}: {run.name} was begun with {kept[name]!r}, and goes on only with that")
 

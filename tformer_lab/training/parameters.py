@@ -17,8 +17,8 @@ from pydantic.dataclasses import dataclass
 from ..tasks.task import Task, task_class
 
 # %% auto #0
-__all__ = ['Trainer', 'ParameterError', 'did_you_mean', 'build', 'check_names', 'field_names', 'trainer_for', 'resolve',
-           'NotebookParameters']
+__all__ = ['Trainer', 'ParameterError', 'did_you_mean', 'build', 'check_names', 'field_names', 'parameter_values', 'trainer_for',
+           'resolve', 'NotebookParameters']
 
 # %% ../../nbs/training/parameters.ipynb #bfaa4205
 @dataclass(config=ConfigDict(extra="forbid"), frozen=True, kw_only=True)
@@ -70,11 +70,16 @@ def _explain(error, kind):
         lines.append(f"{name} = {value!r}: {message}{did_you_mean(value, known)}" if name else f"{kind.__name__}: {message}")
     return "\n".join(lines)
 
+def _names(kind):
+    "The parameter that each field is: by its own name, or its alias, where a method has the name (`-p loss` is no task's `loss`)"
+    checked = getattr(kind, "__pydantic_fields__", {})
+    return {f.name: getattr(checked.get(f.name), "alias", None) or f.name for f in fields(kind)}
+
 def _refuse_booleans(kind, given):
     "pydantic would take True for the number 1"
     for f in fields(kind):
-        if isinstance(given.get(f.name), bool) and "bool" not in str(f.type):
-            raise ParameterError(f"{f.name} = {given[f.name]}: it should be {f.type}")
+        name = _names(kind)[f.name]
+        if isinstance(given.get(name), bool) and "bool" not in str(f.type): raise ParameterError(f"{name} = {given[name]}: it should be {f.type}")
 
 def build(
     kind:type, # A pydantic dataclass: a task, or Trainer
@@ -98,7 +103,14 @@ def check_names(
 
 def field_names(kind:type) -> set[str]:
     "The parameters of a task or of the trainer"
-    return {f.name for f in fields(kind)}
+    return set(_names(kind).values())
+
+def parameter_values(
+    made:Any, # A task, or a trainer
+) -> dict[str, Any]: # By name, as `build` takes them
+    "What something was made with"
+    names = _names(type(made))
+    return {names[field]: value for field, value in asdict(made).items()}
 
 def trainer_for(
     task:Task,
