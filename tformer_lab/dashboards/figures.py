@@ -253,7 +253,7 @@ def training_figure(
     axis, rows, columns = axis or step_axis(metrics["step"]), max(1, -(-len(names) // 4)), min(max(len(names), 1), 4)
     heads = [_head(name, optimum, references) for name in names]
     lines = max((head.count("<br>") for head in heads), default=0)
-    figure = make_subplots(rows, columns, subplot_titles=heads, horizontal_spacing=.07, vertical_spacing=(56 + 15 * lines) / (310 * rows))
+    figure = make_subplots(rows, columns, subplot_titles=heads, horizontal_spacing=.07, vertical_spacing=(62 + 16 * lines) / (310 * rows - 80 - 15 * lines))
     for i, name in enumerate(names):
         panel, at = curve_figure(metrics["step"], metrics[name], name, optimum, axis, references=references), {"row": i // 4 + 1, "col": i % 4 + 1}
         figure.add_traces(panel.data, rows=at["row"], cols=at["col"]).update_yaxes(range=panel.layout.yaxis.range, **at)

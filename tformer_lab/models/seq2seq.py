@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from contextlib import ExitStack
 from typing import Literal
 
@@ -152,7 +153,7 @@ class DecoderSteps:
 # %% ../../nbs/models/seq2seq.ipynb #e3abf31f
 def attention_maps(
     transformer:nn.Transformer,
-    run, # A function without arguments that runs it
+    run:Callable[[], object], # Runs it
 ) -> dict[str, Tensor]: # [n, n_heads, queries, keys]: "encoder.0.self", "decoder.0.self", "decoder.0.cross", ...
     "The attention weights of a run, by layer"
     maps = {}

@@ -241,5 +241,5 @@ def forecast_figure(
     figure = make_subplots(1, len(past), horizontal_spacing=.07)
     for i in range(len(past)):
         lines = (("window", np.arange(-shown, 0), past[i, -shown:], COLORS["first"], "solid"), ("what came", np.arange(horizon), future[i], COLORS["now"], "solid"), ("forecast", np.arange(horizon), free[i], COLORS["previous"], "dash"))
-        for name, x, y, color, dash in lines: figure.add_scatter(x=x, y=y[:, 0].double().numpy().round(5), name=name, showlegend=not i, line={"color": color, "dash": dash}, row=1, col=i + 1)
+        for name, x, y, color, dash in lines: figure.add_scatter(x=x, y=y[:, 0].double().numpy().round(5), mode="lines", name=name, showlegend=not i, line={"color": color, "dash": dash}, row=1, col=i + 1)
     return style(figure, height=300).update_xaxes(title="step after the window").update_layout(margin_t=48)
