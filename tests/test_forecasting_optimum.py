@@ -13,7 +13,7 @@ from tformer_lab.data.series import PRESETS, SmoothedNoise, make_windows, smooth
 from tformer_lab.data.skewed_t import SkewedGeneralizedT
 from tformer_lab.losses import MAE, MSE, SGT, Cauchy, Huber, Quantile, UnnormalizedCauchy, UnnormalizedSGT, make_loss
 from tformer_lab.theory.forecasting import (expected_forecast_loss, expected_loss, forecast_optimum, horizon_law, informed_losses, least_expected_loss, linear_forecast,
-                                            linear_reference, mixture_entropy)
+                                            linear_reference, mixture_entropy, step_ahead_sd)
 
 LOSSES = {"mse": MSE(), "mae": MAE(), "huber": Huber(.2), "quantile": Quantile(.8), "cauchy": Cauchy(.1), "narrow cauchy": Cauchy(1e-3), "sgt": SGT(.3, q=1.5), "skewed sgt": SGT(.3, .6, 1.5, 3.), "cusp": SGT(.3, -.3, .7, 5.),
           "unnormalized_cauchy": UnnormalizedCauchy(2.), "unnormalized_sgt": UnnormalizedSGT(.7, q=20.)}
@@ -192,6 +192,27 @@ def test_the_informed_forecaster_bounds_what_the_window_allows():
 def test_where_nothing_is_known_there_is_no_optimum(noise, loss, why):
     assert forecast_optimum(loss, SmoothedNoise(SkewedGeneralizedT(**noise))) is None, why
     assert forecast_optimum(MSE(), PRESETS["normal"], scale=np.ones(3)) is None
+
+
+@losses
+def test_a_teacher_forced_forecast_has_the_optimum_of_one_step_ahead(loss):
+    """Each step of the horizon is the one step of a longer window; and to be told more never hurts."""
+    whole = smoothing_matrix(SHORT.weights(), IN + OUT)
+    def given_all_before(t): return math.sqrt(SHORT.noise.moments().variance) * np.sqrt(np.linalg.lstsq(whole[:IN + t].T, whole[IN + t], rcond=None)[1][0])
+    assert np.linalg.matrix_rank(whole) == IN + OUT
+    sd = np.array([given_all_before(t) for t in range(OUT)])
+    np.testing.assert_allclose(step_ahead_sd(SHORT, IN, OUT), sd, rtol=1e-6)
+    assert step_ahead_sd(SHORT, IN, OUT)[0] == pytest.approx(horizon_law(SHORT, IN, OUT).sd[0], rel=1e-9)
+    optimum = forecast_optimum(loss, SHORT, IN, OUT, teacher_forced=True)
+    assert optimum.kind == "exact" and optimum.value == pytest.approx(least_expected_loss(loss, sd).mean(), rel=1e-6)
+    assert optimum.value < forecast_optimum(loss, SHORT, IN, OUT).value
+    told = informed_losses(loss, SmoothedNoise(SkewedGeneralizedT(.4, .8, q=1e9), SHORT.kernel, SHORT.kernel_size, SHORT.kernel_width, SHORT.period), np.random.default_rng(0), 2, IN, OUT, teacher_forced=True)
+    np.testing.assert_allclose(told, optimum.value, rtol=1e-3, atol=1e-3)
+
+
+def test_what_is_known_for_sure_bounds_no_learnt_loss():
+    known = SmoothedNoise(SkewedGeneralizedT(q=math.inf), kernel_size=15)  # the last steps hold no noise of their own
+    assert step_ahead_sd(known, 60, 20)[-1] == 0 and forecast_optimum(SGT(learn=True), known, 60, 20, teacher_forced=True) is None
 
 
 def test_the_presets_have_a_bound_close_to_what_is_reached():

@@ -9,7 +9,6 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import fields
 from pathlib import Path
 
 import nbformat
@@ -19,7 +18,7 @@ import pytest
 from tformer_lab.runs.store import Run, default_runs_dir
 from tformer_lab.tasks.task import TASKS, task_class
 from tformer_lab.training.fit import fit, resumed
-from tformer_lab.training.parameters import Trainer
+from tformer_lab.training.parameters import Trainer, field_names
 
 pytestmark = pytest.mark.timeout(300)  # a deadlock has to end, too
 TOP = Path(__file__).parent.parent
@@ -147,6 +146,19 @@ def test_task_of_a_users_own_package_trains_from_another_folder(tmp_path):
     assert run.metrics["train/loss"].iloc[-1] < run.metrics["train/loss"].iloc[0]
 
 
+def test_papermill_trains_a_forecaster_and_shows_its_forecasts(tmp_path):
+    given = {"task": "forecast", "loss": "sgt", "sgt_q": 1.001, "optimizer": "adam", "data": "normal_short", "input_length": 20, "horizon": 5, "d_model": 8, "n_heads": 2, "n_layers": 1,
+             "steps": 20, "batch_size": 8, "checkpoints": 2, "evaluations": 4, "validation_size": 16, "patience": 50, "runs_dir": tmp_path / "runs"}
+    code, said = papermill(tmp_path, tmp_path / "out.ipynb", given)
+    assert code == 0 and "unknown parameter" not in said.lower(), said
+    run = only_run(tmp_path / "runs")
+    assert run.status == "done" and run.config["parameters"]["loss"] == "sgt" and run.config["parameters"]["sgt_q"] == 1.001
+    training, forecasts = outputs(nbformat.read(tmp_path / "out.ipynb", 4), "application/vnd.plotly.v1+json")[:2]
+    names = [trace["name"] for trace in training["data"]]
+    assert any(name.startswith("best linear predictor") for name in names) and any(name.startswith("optimum") for name in names)
+    assert [trace["name"] for trace in forecasts["data"]][:3] == ["window", "what came", "forecast"]
+
+
 def test_runs_go_to_the_top_of_the_project_from_its_folders(monkeypatch):
     monkeypatch.delenv("TFORMER_RUNS", raising=False)
     for folder in (TOP, TOP / "nbs", TOP / "nbs/runs"):
@@ -160,7 +172,7 @@ def test_parameters_cell_declares_every_field_of_trainer_and_built_in_tasks():
     [cell] = [cell for cell in nbformat.read(NOTEBOOK, 4).cells if "parameters" in cell.metadata.get("tags", [])]
     values = {target.id: ast.literal_eval(line.value) for line in ast.parse(cell.source).body for target in line.targets}
     built_in = [task_class(name) for name, where in TASKS.items() if str(where).startswith("tformer_lab.")]
-    assert sorted(values) == sorted({"task", "runs_dir", "name", "resume", "tracking", "PAPERMILL_OUTPUT_PATH"} | {f.name for kind in (Trainer, *built_in) for f in fields(kind)})
+    assert sorted(values) == sorted({"task", "runs_dir", "name", "resume", "tracking", "PAPERMILL_OUTPUT_PATH"} | {name for kind in (Trainer, *built_in) for name in field_names(kind)})
     assert values.pop("task") == "recall" and set(values.values()) == {None}
 
 

@@ -14,9 +14,10 @@ import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 # %% auto #0
-__all__ = ['COLORS', 'HEAT', 'GRID', 'style', 'StepAxis', 'step_axis', 'shade', 'visible', 'drawn_ranks', 'value_range',
-           'spectrum_traces', 'log_ticks', 'spectrum_axis', 'spectrum_figure', 'heatmap_figure', 'optimum_trace',
-           'curve_trace', 'curve_range', 'curve_figure', 'training_figure', 'scrub_figure']
+__all__ = ['COLORS', 'HEAT', 'GRID', 'REFERENCE', 'style', 'StepAxis', 'step_axis', 'shade', 'visible', 'drawn_ranks',
+           'value_range', 'spectrum_traces', 'log_ticks', 'spectrum_axis', 'spectrum_figure', 'heatmap_figure',
+           'optimum_trace', 'reference_trace', 'curve_trace', 'curve_range', 'curve_figure', 'training_figure',
+           'scrub_figure']
 
 # %% ../../nbs/dashboards/figures.ipynb #d1afd109
 COLORS = {"now": "#0072B2", "first": "#8C8C8C", "previous": "#E69F00", "optimum": "#D55E00", "cursor": "#CC79A7"}
@@ -174,6 +175,7 @@ def heatmap_figure(
     return shade(figure.update_xaxes(**axis.layout(), showgrid=False), axis, unresolved)
 
 # %% ../../nbs/dashboards/figures.ipynb #fbf365d7
+REFERENCE = "#707070"  # no optimum, so not in its colour
 _DASH = {"exact": "dash", "asymptotic": "longdash", "bound": "dot", "estimate": "dashdot"}
 
 def optimum_trace(
@@ -186,6 +188,14 @@ def optimum_trace(
     text = f"optimum {optimum['value']:.4g}{error} ({optimum.get('kind', 'exact')})"
     return go.Scatter(x=[low, high], y=[optimum["value"]] * 2, mode="lines", name=text, hovertemplate=text + "<extra></extra>",
                       line={"color": COLORS["optimum"], "width": 2, "dash": _DASH.get(optimum.get("kind", "exact"), "dot")})
+
+def reference_trace(
+    reference:Mapping[str, Any], # With "metric", "value" and "name", as in a run's config
+    axis:StepAxis,
+) -> go.Scatter:
+    "The line that a known method reaches, and a learner may cross"
+    text = f"{escape(str(reference.get('name', 'reference')))} {reference['value']:.4g}"
+    return go.Scatter(x=axis.position([0, axis.last]), y=[reference["value"]] * 2, mode="lines", name=text, hovertemplate=text + "<extra></extra>", line={"color": REFERENCE, "width": 1, "dash": "dot"})
 
 # %% ../../nbs/dashboards/figures.ipynb #bfdd03ac
 def curve_trace(
@@ -219,12 +229,14 @@ def curve_figure(
     axis:StepAxis|None=None, # Shared with other panels; None: one that suits the steps
     unresolved:int|None=None, # The first step at which rounding has taken over
     title:str|None=None,
+    references:Sequence[Mapping[str, Any]]=(), # Likewise
 ) -> go.Figure:
     "One metric over training beside its optimum"
     axis = axis or step_axis(steps)
-    lines = [optimum_trace(o, axis) for o in optimum if o["metric"] == name and o.get("position") is None]
+    references = [r for r in references if r["metric"] == name]
+    lines = [*(reference_trace(r, axis) for r in references), *(optimum_trace(o, axis) for o in optimum if o["metric"] == name and o.get("position") is None)]
     figure = style(go.Figure([curve_trace(steps, values, axis, name), *lines]), title=title)
-    figure.update_yaxes(title={"text": escape(name), "standoff": 6}, range=curve_range([*values, *(o["value"] for o in optimum if o["metric"] == name)]))
+    figure.update_yaxes(title={"text": escape(name), "standoff": 6}, range=curve_range([*values, *(r["value"] for r in references), *(o["value"] for o in optimum if o["metric"] == name)]))
     return shade(figure.update_xaxes(**axis.layout()), axis, unresolved)
 
 # %% ../../nbs/dashboards/figures.ipynb #28ca282a
@@ -234,25 +246,26 @@ def training_figure(
     names:Sequence[str]|None=None, # Which metrics; None: all
     axis:StepAxis|None=None,
     unresolved:int|None=None, # The first step at which rounding has taken over
+    references:Sequence[Mapping[str, Any]]=(), # As in a run's config
 ) -> go.Figure:
     "Metrics over training, a panel each"
     names = [name for name in metrics.columns if name != "step"] if names is None else list(names)
-    axis = axis or step_axis(metrics["step"])
-    figure = make_subplots(1, max(len(names), 1), subplot_titles=[escape(name) for name in names], horizontal_spacing=.07)
-    for i, name in enumerate(names, 1):
-        panel = curve_figure(metrics["step"], metrics[name], name, optimum, axis)
-        figure.add_traces(panel.data, rows=1, cols=i).update_yaxes(range=panel.layout.yaxis.range, col=i)
-        for shape in shade(go.Figure(), axis, unresolved).layout.shapes: figure.add_shape(shape, row=1, col=i, yref="y domain")
-    figure = style(figure, height=310).update_layout(showlegend=False, margin_t=48).update_xaxes(**axis.layout())
-    return _name_optima(figure, names, optimum)
-
-def _name_optima(figure, names, optimum):
-    "Each optimum's value in its panel's title, where no curve can hide it"
-    for o in optimum:
-        if o["metric"] in names and o.get("position") is None:
-            note = figure.layout.annotations[names.index(o["metric"])]
-            note.text += f'<br><span style="color:{COLORS["optimum"]};font-size:11px">┄ optimum {o["value"]:.4g} ({o.get("kind", "exact")})</span>'
+    axis, rows, columns = axis or step_axis(metrics["step"]), max(1, -(-len(names) // 4)), min(max(len(names), 1), 4)
+    heads = [_head(name, optimum, references) for name in names]
+    lines = max((head.count("<br>") for head in heads), default=0)
+    figure = make_subplots(rows, columns, subplot_titles=heads, horizontal_spacing=.07, vertical_spacing=(62 + 16 * lines) / (310 * rows - 80 - 15 * lines))
+    for i, name in enumerate(names):
+        panel, at = curve_figure(metrics["step"], metrics[name], name, optimum, axis, references=references), {"row": i // 4 + 1, "col": i % 4 + 1}
+        figure.add_traces(panel.data, rows=at["row"], cols=at["col"]).update_yaxes(range=panel.layout.yaxis.range, **at)
+        for shape in shade(go.Figure(), axis, unresolved).layout.shapes: figure.add_shape(shape, **at, yref="y domain")
+    figure = style(figure, height=310 * rows).update_layout(showlegend=False, margin_t=33 + 15 * max(lines, 1)).update_xaxes(**axis.layout())
     return figure.update_annotations(font_size=13)
+
+def _head(name, optimum, references):
+    "A metric's name, and below it what no curve can hide there: the values of its lines"
+    lines = [(COLORS["optimum"], f'┄ optimum {o["value"]:.4g} ({o.get("kind", "exact")})') for o in optimum if o["metric"] == name and o.get("position") is None]
+    lines += [(REFERENCE, f'┈ {escape(str(r.get("name", "reference")))} {r["value"]:.4g}') for r in references if r["metric"] == name]
+    return escape(name) + "".join(f'<br><span style="color:{color};font-size:11px">{text}</span>' for color, text in lines)
 
 # %% ../../nbs/dashboards/figures.ipynb #2e30db84
 def _slider(steps, active):

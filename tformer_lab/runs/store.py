@@ -226,6 +226,12 @@ class Run:
         return [o for o in lines if isinstance(o, dict) and isinstance(o.get("metric"), str) and isinstance(o.get("value"), int | float)] if isinstance(lines, list) else []
 
     @property
+    def references(self) -> list[dict[str, Any]]: # With "metric", "value" and "name"
+        "What known methods reach, as the config says"
+        lines = self.config.get("references") or []
+        return [r for r in lines if isinstance(r, dict) and isinstance(r.get("metric"), str) and isinstance(r.get("value"), int | float)] if isinstance(lines, list) else []
+
+    @property
     def unresolved(self) -> int|None: # None where there is no such step, or the precision is not known
         "The first step from which on the loss is below the precision it was computed in, and rounding moves the weights"
         precision = (self.config.get("trainer") or {}).get("precision")

@@ -120,7 +120,7 @@ def mlflow_name(
     return name if plain == name and 0 < len(name) <= 250 else f"{plain[:240]}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
 
 # %% ../../nbs/runs/tracking.ipynb #bf1b7d11
-_ABOUT = {"format", "name", "created", "optimum", "versions", "platform", "git"}  # in a config: what is no parameter
+_ABOUT = {"format", "name", "created", "optimum", "references", "versions", "platform", "git"}  # in a config: what is no parameter
 
 def _flat(value, name=""):
     "Names with dots, and texts, from dictionaries within dictionaries"

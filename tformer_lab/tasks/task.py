@@ -14,7 +14,7 @@ from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
 import numpy as np
 
 # %% auto #0
-__all__ = ['TASKS', 'Optimum', 'Task', 'register', 'task_class']
+__all__ = ['TASKS', 'Optimum', 'Reference', 'Task', 'register', 'task_class']
 
 # %% ../../nbs/tasks/task.ipynb #cfe8b488
 @dataclass(frozen=True)
@@ -25,6 +25,14 @@ class Optimum:
     kind:Literal["exact", "asymptotic", "bound", "estimate"]="exact"
     error:float=0. # Standard error of an estimate
     position:int|None=None # In the sequence, where the optimum depends on it
+
+# %% ../../nbs/tasks/task.ipynb #9b9d4f27
+@dataclass(frozen=True)
+class Reference:
+    "What a known method reaches in one metric, which a learner may beat"
+    metric:str # As in the run's records, "valid/loss"
+    value:float
+    name:str # Of the method, "best linear predictor"
 
 # %% ../../nbs/tasks/task.ipynb #79f6bb43
 @runtime_checkable
@@ -45,7 +53,7 @@ class Task(Protocol):
         "What no learner can beat; empty where nothing is known"
 
 # %% ../../nbs/tasks/task.ipynb #d1841218
-TASKS:dict[str, str|type] = {"recall": "tformer_lab.tasks.recall:Recall"}  # a string is imported when first used
+TASKS:dict[str, str|type] = {name: f"tformer_lab.tasks.{name}:{name.title()}" for name in ("recall", "forecast")}  # a string is imported when first used
 
 def register(
     task:type, # A class with the methods of `Task`

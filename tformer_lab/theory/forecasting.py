@@ -19,9 +19,9 @@ from ..losses import Loss
 from ..tasks.task import Optimum
 
 # %% auto #0
-__all__ = ['BEYOND', 'KNOTS', 'HorizonLaw', 'horizon_law', 'expected_loss', 'least_expected_loss', 'mixture_entropy',
-           'is_gaussian', 'informed_losses', 'forecast_optimum', 'linear_forecast', 'linear_reference',
-           'expected_forecast_loss']
+__all__ = ['BEYOND', 'KNOTS', 'HorizonLaw', 'horizon_law', 'step_ahead_sd', 'expected_loss', 'least_expected_loss',
+           'mixture_entropy', 'is_gaussian', 'informed_losses', 'forecast_optimum', 'linear_forecast',
+           'linear_reference', 'expected_forecast_loss']
 
 # %% ../../nbs/theory/forecasting.ipynb #693b42c0
 @dataclass(frozen=True)
@@ -69,6 +69,23 @@ def horizon_law(
     weights, variance = _condition(S[:input_length], S[input_length:], observation_noise / sd)
     level = moments.mean * S.sum(1)
     return HorizonLaw(weights, level[input_length:] - weights @ level[:input_length], sd * np.sqrt(variance))
+
+# %% ../../nbs/theory/forecasting.ipynb #02fdf1df
+def _innovations(S, input_length):
+    "For unit noise: standard deviation [horizon] of each row behind the window given all rows before it"
+    left = np.abs(np.diag(np.linalg.qr(S.T, mode="r")))
+    return np.where(left > len(S) * np.finfo(float).eps * np.linalg.norm(S, 2), left, 0.)[input_length:]
+
+def step_ahead_sd(
+    process:SmoothedNoise,
+    input_length:int=240,
+    horizon:int=60,
+) -> np.ndarray: # [horizon]
+    "What the best linear predictor leaves open of each step of the horizon, given all values before it"
+    _check_lengths(input_length, horizon)
+    variance = process.noise.moments().variance
+    if not math.isfinite(variance): raise ValueError(f"the noise has no best linear predictor: {process.noise.moments().status}")
+    return math.sqrt(variance) * _innovations(smoothing_matrix(process.weights(), input_length + horizon), input_length)
 
 # %% ../../nbs/theory/forecasting.ipynb #0875c2e5
 _T = np.linspace(-3.4, 3.4, 91)
@@ -149,14 +166,15 @@ def informed_losses(
     draws:int, # Of the noise's local standard deviations
     input_length:int=240,
     horizon:int=60,
+    teacher_forced:bool=False, # Does it see the horizon before each step, too?
 ) -> np.ndarray: # [draws] horizon means
     "Least losses of a forecaster that is told how large the noise is at each step"
     noise, S = process.noise, smoothing_matrix(process.weights(), input_length + horizon)
     found = np.empty(draws)
     for i in range(draws):
         local = S * (noise.v * noise.sigma * np.sqrt(noise.q / 2 / rng.gamma(noise.q, size=len(S))))
-        _, variance = _condition(local[:input_length], local[input_length:])
-        found[i] = least_expected_loss(loss, np.sqrt(variance)).mean()
+        sd = _innovations(local, input_length) if teacher_forced else np.sqrt(_condition(local[:input_length], local[input_length:])[1])
+        found[i] = least_expected_loss(loss, sd).mean()
     return found
 
 # %% ../../nbs/theory/forecasting.ipynb #d6c01fb1
@@ -169,17 +187,18 @@ def forecast_optimum(
     metric:str="valid/loss", # Of the optimum
     seed:int=0, # Of the draws behind a bound
     draws:int=50, # Behind a bound
+    teacher_forced:bool=False, # Does a forecast see the horizon before its step, too?
 ) -> Optimum|None: # None where nothing is known
     "What no forecast can beat, in the mean over the horizon"
     noise = process.noise
-    if is_gaussian(noise): return _gaussian_optimum(loss, horizon_law(process, input_length, horizon).sd, scale, metric)
+    if is_gaussian(noise): return _gaussian_optimum(loss, step_ahead_sd(process, input_length, horizon) if teacher_forced else horizon_law(process, input_length, horizon).sd, scale, metric)
     if loss.learns or scale is not None or noise.p != 2 or noise.lam != 0 or noise.p * noise.q <= 4 * loss.growth: return None
-    found = informed_losses(loss, process, np.random.default_rng(seed), draws, input_length, horizon)
+    found = informed_losses(loss, process, np.random.default_rng(seed), draws, input_length, horizon, teacher_forced)
     return Optimum(metric, float(found.mean()), "bound", float(found.std(ddof=1) / math.sqrt(draws)))
 
 def _gaussian_optimum(loss, sd, scale, metric):
     if scale is not None: sd = sd / np.asarray(scale.cpu() if isinstance(scale, Tensor) else scale, dtype=float).reshape(-1, 1)
-    if loss.learns: return Optimum(metric, mixture_entropy(sd), "bound") if loss.proper else None
+    if loss.learns: return Optimum(metric, mixture_entropy(sd), "bound") if loss.proper and sd.min() > 0 else None  # what is known for sure has no density
     found = least_expected_loss(loss, sd)
     if scale is None: return Optimum(metric, float(found.mean()))
     rows = found.mean(1)

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+import math
 import signal
 import threading
 import time
@@ -30,12 +31,14 @@ from ..spectra.matrices import weight_matrices
 from ..tasks.task import Task, task_class
 from .evolution import ALGORITHMS, Evolution
 from .optimizers import make_optimizer
-from .parameters import OWN, ParameterError, Trainer, build, check_names, did_you_mean, field_names, resolve, trainer_for
+from .parameters import OWN, ParameterError, Trainer, build, check_names, did_you_mean, field_names, parameter_values, resolve, trainer_for
+
 
 # %% auto #0
 __all__ = ['POPULATION_SIZE', 'POPULATION_STREAM', 'log_spaced', 'spaced', 'map_batch', 'Batches', 'StopRequest', 'MetricsLog',
-           'make_accelerator', 'default_threads', 'Descent', 'Session', 'Loop', 'own_label', 'label', 'describe',
-           'announce', 'resumed', 'check_same', 'check_tracking', 'fit', 'Job', 'prepare']
+           'make_accelerator', 'default_threads', 'Patience', 'make_patience', 'population_size', 'Descent', 'Session',
+           'Loop', 'own_label', 'label', 'describe', 'announce', 'resumed', 'check_same', 'check_tracking', 'fit',
+           'trained', 'Job', 'prepare']
 
 # %% ../../nbs/training/fit.ipynb #9e989a88
 def log_spaced(
@@ -185,7 +188,48 @@ def default_threads(model:nn.Module) -> int:
     "One below a million weights, where more only hurt; else as many as torch takes"
     return 1 if sum(p.numel() for p in model.parameters()) < 1_000_000 else torch.get_num_threads()
 
+# %% ../../nbs/training/fit.ipynb #fb2343c9
+class Patience:
+    "Counts evaluations since the best one"
+    def __init__(self,
+        evaluations:int|None=None, # Without a better value, after which patience ends; None: it never does
+        metric:str|None=None, # That is to become small
+    ): self.evaluations, self.metric, self.best, self.since = evaluations, metric, math.inf, 0
+
+    def _after(self, metrics):
+        if self.metric not in metrics: raise LookupError(f"patience looks at {self.metric}, which the task's evaluation does not give; it gives {', '.join(metrics)}")
+        value = float(metrics[self.metric])
+        return (value, 0) if value < self.best else (self.best, self.since + 1)
+
+    def ends(self,
+        metrics:Mapping[str, Any], # Of an evaluation
+    ) -> bool:
+        "Would this evaluation be one too many?"
+        return self.evaluations is not None and self._after(metrics)[1] >= self.evaluations
+
+    def count(self, metrics:Mapping[str, Any]) -> None:
+        "Take note of an evaluation"
+        if self.evaluations is not None: self.best, self.since = self._after(metrics)
+
 # %% ../../nbs/training/fit.ipynb #c785fcb2
+def make_patience(
+    task:Task,
+    trainer:Trainer,
+) -> Patience: # Raises ParameterError where the task selects by nothing
+    "The patience that was asked for"
+    metric = getattr(task, "selects", None)
+    if trainer.patience and metric is None: raise ParameterError(f"patience = {trainer.patience}: {task.name} has no metric that it selects by")
+    return Patience(trainer.patience, metric)
+
+def population_size(
+    task:Task,
+    trainer:Trainer,
+) -> int: # 0 where there is none to measure
+    "Fresh examples that measure the population loss"
+    own = getattr(task, "population_size", POPULATION_SIZE)
+    if own is None and trainer.population_size: raise ParameterError(f"population_size = {trainer.population_size}: {task.name} has no population here, only the examples that it has")
+    return (trainer.population_size or own or 0) if trainer.samples else 0
+
 class Descent:
     "Improves a model by steps along the gradient of its loss"
     follows_gradient = True
@@ -225,6 +269,7 @@ class Session:
         self.task, self.trainer = task, trainer
         self.accelerator = make_accelerator(trainer)
         self.rank, self.processes = self.accelerator.process_index, self.accelerator.num_processes
+        self.patience = make_patience(task, trainer)
         torch.manual_seed(trainer.seed)
         self.batches = Batches(task, trainer, self.rank, self.processes)
         model = task.model(self.batches.data)
@@ -234,7 +279,8 @@ class Session:
         self.model, self.method = self._prepare(model)
         self.bare = model  # without what `prepare` puts around it; the accelerator's unwrap_model imports torch's compiler
         torch.manual_seed(trainer.seed + self.rank)
-        self._population = task.batch(trainer.population_size or POPULATION_SIZE, np.random.default_rng(POPULATION_STREAM)) if trainer.samples else None
+        size = population_size(task, trainer)
+        self._population = task.batch(size, np.random.default_rng(POPULATION_STREAM)) if size else None
 
     def _prepare(self, model):
         name = self.trainer.optimizer
@@ -293,6 +339,7 @@ class Session:
         scaler = self.accelerator.scaler
         return {"model": self.bare.state_dict(), "optimizer": self.method.state_dict(), "batches": self.batches.state(),
                 "scaler": scaler.state_dict() if scaler is not None else None,
+                "patience": {"best": self.patience.best, "since": self.patience.since},
                 "random": gather_object([random])}
 
     def restore(self, state:Mapping[str, Any]) -> None:
@@ -301,6 +348,7 @@ class Session:
         self.bare.load_state_dict(state["model"])
         self.method.load_state_dict(state["optimizer"])
         self.batches.restore(state["batches"])
+        for name, value in state.get("patience", {}).items(): setattr(self.patience, name, value)
         if self.accelerator.scaler is not None: self.accelerator.scaler.load_state_dict(state["scaler"])
         random = state["random"][self.rank]
         torch.set_rng_state(random["cpu"])
@@ -324,6 +372,16 @@ class Loop:
     def _evaluation_steps(self):
         if self.trainer.evaluations: return set(spaced(self.trainer.steps, self.trainer.evaluations, self.trainer.spacing))
         return set(range(0, self.trainer.steps + 1, self.session.batches.per_epoch or 1))
+
+    def _ends(self, step, metrics):
+        "Has patience run out? Then this is the last step, and recorded like one"
+        patience = self.session.patience
+        if patience.evaluations is None or not self.session.anyone(patience.ends(metrics)):
+            patience.count(metrics)
+            return False
+        if step not in self.recorded: self.record(step)
+        self.save(step)  # without this evaluation, which is made again by a session that goes on from here
+        return True
 
     def _write(self, rows):
         if self.writer is None: return
@@ -367,9 +425,11 @@ class Loop:
             if self._is_late(step) or stopping: self.save(step)
             if stopping: return self.stop.reason or "another process was stopped"
             metrics = self.session.evaluate() if step in self.evaluated else {}
-            with torch.set_grad_enabled(step < last and self.session.method.follows_gradient): loss = self.session.loss(step)
+            ended = step == last or bool(metrics) and self._ends(step, metrics)
+            with torch.set_grad_enabled(not ended and self.session.method.follows_gradient): loss = self.session.loss(step)
             self.log.add(step, {"train/loss": self.session.mean(loss.detach()), **metrics})
-            if step < last: self.session.update(loss)
+            if ended: break
+            self.session.update(loss)
         self.log.flush()
 
 # %% ../../nbs/training/fit.ipynb #6031ddfc
@@ -395,8 +455,8 @@ def describe(session:Session) -> dict[str, Any]:
     "What `config.yaml` says of a training"
     known = [asdict(o) for o in session.task.optimum()]
     learnable = {"train/loss"} if session.trainer.samples else set()  # a finite training set can be learnt by heart, and its loss has no such bound
-    return {"task": session.task.name, "model": own_label(session.task) or type(session.bare).__name__, "parameters": asdict(session.task), "trainer": asdict(session.trainer),
-            "optimum": [o for o in known if o["metric"] not in learnable], "device": str(session.accelerator.device),
+    return {"task": session.task.name, "model": own_label(session.task) or type(session.bare).__name__, "parameters": parameter_values(session.task), "trainer": parameter_values(session.trainer),
+            "optimum": [o for o in known if o["metric"] not in learnable], "references": [asdict(r) for r in getattr(session.task, "references", list)()], "device": str(session.accelerator.device),
             "threads": session.threads, "processes": session.processes, **session.settle()}
 
 def announce(session:Session, path:Path) -> str:
@@ -432,7 +492,7 @@ def check_same(
 ) -> None: # Raises ParameterError
     "Refuse to resume a run with other parameters than its own"
     if task.name != run.config.get("task"): raise ParameterError(f"task = {task.name!r}: {run.name} was begun with {run.config.get('task')!r}, and goes on only with that")
-    for mine, kept in zip((asdict(task), asdict(trainer)), map(asdict, resumed(run, type(task)))):
+    for mine, kept in zip(map(parameter_values, (task, trainer)), map(parameter_values, resumed(run, type(task)))):
         for name, value in mine.items():
             if name not in _FREE and kept[name] != value: raise ParameterError(f"{name} = {value!r}: {run.name} was begun with {kept[name]!r}, and goes on only with that")
 
@@ -481,6 +541,7 @@ def _fit(session, stop, runs_dir, name, resume, progress, tracking, notebook):
         if reason:
             writer.close("stopped", reason)
             if progress: print(f"stopped by {reason} at step {writer.step}; {shown(run.path)} can be resumed")
+        elif progress and writer.step < session.trainer.steps: print(f"ended at step {writer.step}: no better {session.patience.metric} than {session.patience.best:.4g} in {session.patience.evaluations} evaluations")
     return run, reason
 
 def _go_on(session, writer, stop, resume, progress):
@@ -499,6 +560,21 @@ def _restore(session, writer, run):
         raise error if isinstance(error, RunError) else RunError(f"{run.path / 'state.pt'} does not fit this training: {error}") from error
     if writer: writer.step = step
     return step
+
+# %% ../../nbs/training/fit.ipynb #71f61973
+def trained(
+    run:Run,
+    task:type|None=None, # The class of a task that is not registered
+) -> nn.Module: # On the CPU, for evaluation
+    "The model of a run, with the weights of its last saved state"
+    task, trainer = resumed(run, task)
+    state = read_state(run.path)
+    if state is None: raise RunError(f"{run.path} has no state.pt yet, and so no weights to take")
+    with torch.random.fork_rng(): model = task.model()
+    if trainer.precision == "float64": model = model.double()
+    try: model.load_state_dict(state["model"])
+    except (LookupError, RuntimeError) as error: raise RunError(f"{run.path / 'state.pt'} does not fit this task's model: {error}") from error
+    return model.eval()
 
 # %% ../../nbs/training/fit.ipynb #bfbfc2c0
 _PLACES = {"runs_dir", "name", "resume", "tracking"}  # of the run; the others say how to train it

@@ -17,8 +17,8 @@ from pydantic.dataclasses import dataclass
 from ..tasks.task import Task, task_class
 
 # %% auto #0
-__all__ = ['OWN', 'Trainer', 'ParameterError', 'did_you_mean', 'build', 'check_names', 'field_names', 'trainer_for', 'resolve',
-           'NotebookParameters']
+__all__ = ['OWN', 'Trainer', 'ParameterError', 'did_you_mean', 'build', 'check_names', 'field_names', 'parameter_values',
+           'trainer_for', 'resolve', 'NotebookParameters']
 
 # %% ../../nbs/training/parameters.ipynb #bfaa4205
 OWN:dict[str, dict[str, Any]] = {  # what one kind of optimizer has and others have not, with its default
@@ -33,12 +33,13 @@ class Trainer:
     steps:int = Field(2000, ge=1) # Updates
     batch_size:int = Field(512, ge=1) # Examples in a batch, over all processes
     samples:int|None = Field(None, ge=1) # Examples of a finite training set; None: fresh ones for each batch
-    population_size:int|None = Field(None, ge=1) # With samples: fresh examples that measure the population loss; None: 20480
+    population_size:int|None = Field(None, ge=1) # With samples: fresh examples that measure the population loss; None: the task's own number, else 20480
     optimizer:Literal["normalized_gd", "sgd", "adam", "adamw", "es", "ga"] = "adam"
     lr:float|None = Field(None, gt=0, allow_inf_nan=False) # Learning rate; None: 0.001, of es 0.05; ga has none
     seed:int = Field(0, ge=0, lt=2**32) # Of the initial weights, the batches and their order
     checkpoints:int = Field(50, ge=1) # Steps at which spectra are recorded, the last among them; step 0 comes on top
     evaluations:int|None = Field(None, ge=1) # Steps at which the task's evaluation is recorded; None: all, or the ends of epochs
+    patience:int|None = Field(None, ge=1) # Evaluations without a better value of the metric that the task selects by, after which training ends; None: never
     spacing:Literal["log", "linear"] = "log" # How checkpoints and evaluations are spread
     keep_weights:bool = True # Keep the weights at each checkpoint, too?
     device:Literal["auto", "cpu", "cuda", "mps"] = "auto" # auto: CUDA, then MPS, then the CPU
@@ -89,11 +90,16 @@ def _explain(error, kind):
         lines.append(f"{name} = {value!r}: {message}{did_you_mean(value, known)}" if name else f"{kind.__name__}: {message}")
     return "\n".join(lines)
 
+def _names(kind):
+    "The parameter that each field is: by its own name, or its alias, where a method has the name (`-p loss` is no task's `loss`)"
+    checked = getattr(kind, "__pydantic_fields__", {})
+    return {f.name: getattr(checked.get(f.name), "alias", None) or f.name for f in fields(kind)}
+
 def _refuse_booleans(kind, given):
     "pydantic would take True for the number 1"
     for f in fields(kind):
-        if isinstance(given.get(f.name), bool) and "bool" not in str(f.type):
-            raise ParameterError(f"{f.name} = {given[f.name]}: it should be {f.type}")
+        name = _names(kind)[f.name]
+        if isinstance(given.get(name), bool) and "bool" not in str(f.type): raise ParameterError(f"{name} = {given[name]}: it should be {f.type}")
 
 def build(
     kind:type, # A pydantic dataclass: a task, or Trainer
@@ -117,7 +123,14 @@ def check_names(
 
 def field_names(kind:type) -> set[str]:
     "The parameters of a task or of the trainer"
-    return {f.name for f in fields(kind)}
+    return set(_names(kind).values())
+
+def parameter_values(
+    made:Any, # A task, or a trainer
+) -> dict[str, Any]: # By name, as `build` takes them
+    "What something was made with"
+    names = _names(type(made))
+    return {names[field]: value for field, value in asdict(made).items()}
 
 def trainer_for(
     task:Task,

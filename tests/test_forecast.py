@@ -1,0 +1,308 @@
+"""The forecasting task: its metrics, its optima and references, losses that learn, epidemics, ending early, and runs that go on bit for bit."""
+import json
+import math
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from tformer_lab.data.series import PRESETS, make_windows, smoothing_matrix
+from tformer_lab.losses import MSE
+from tformer_lab.runs.store import Run
+from tformer_lab.tasks.forecast import LOSS_PARAMETERS, Forecast, loss_from, percentage_errors
+from tformer_lab.tasks.recall import Recall
+from tformer_lab.tasks.task import Task, task_class
+from tformer_lab.theory.forecasting import _condition, linear_forecast
+from tformer_lab.training.fit import Loop, fit, resumed, trained
+from tformer_lab.training.parameters import ParameterError, build, parameter_values, resolve
+
+pytestmark = pytest.mark.timeout(300)  # a deadlock has to end, too
+SIZES = {"data": "normal_short", "input_length": 20, "horizon": 12, "d_model": 8, "n_layers": 1, "validation_size": 64}
+
+
+def small(**given):
+    heads = {} if given.get("model") == "lstm" else {"n_heads": 2}
+    return Forecast(**{**SIZES, **heads, **given})
+
+
+def train(task, runs, **how):
+    return fit(task, runs_dir=runs, progress=False, **{"steps": 30, "batch_size": 8, "checkpoints": 3, "evaluations": 6, **how})
+
+
+def recorded(run):
+    """All that has to be the same in two runs; the header of safetensors has a random order."""
+    def content(path):
+        data = path.read_bytes()
+        end = 8 + int.from_bytes(data[:8], "little") if path.suffix == ".safetensors" else 0
+        return json.loads(data[8:end] or "null"), data[end:]
+    return {str(path.relative_to(run.path)): content(path) for path in (run.path / "metrics.jsonl", *run.path.glob("spectra/*"), *run.path.glob("checkpoints/*"))}
+
+
+class Killed(BaseException):
+    """Ends a training where nothing of it can be saved any more."""
+
+
+def killed_at(step, monkeypatch, function, *arguments, **how):
+    """Train until a step's evaluation or batch, with a state at every step."""
+    with monkeypatch.context() as patch:
+        evaluate = Loop._is_late
+
+        def mortal(loop, now):
+            if now > step: raise Killed
+            return True
+
+        patch.setattr(Loop, "_is_late", mortal)
+        with pytest.raises(Killed): function(*arguments, **how)
+        assert Loop._is_late is not evaluate
+
+
+# Parameters
+
+def test_the_task_is_known_by_name_and_its_loss_and_model_are_parameters():
+    task, trainer = resolve({"task": "forecast", "loss": "sgt", "sgt_q": 1.001, "model": "lstm", "optimizer": "adam", "data": None})
+    assert isinstance(task, Task) and type(task) is task_class("forecast") and (trainer.optimizer, trainer.batch_size) == ("adam", 32)
+    assert task.criterion().law.q == pytest.approx(1.001) and type(task.model()).__name__ == "LSTMForecaster"
+    values = parameter_values(task)
+    assert (values["loss"], values["model"]) == ("sgt", "lstm") and not {"loss_name", "architecture"} & values.keys()
+    assert build(Forecast, values) == task
+
+
+@pytest.mark.parametrize("wrong, said", [
+    ({"sgt_q": 3.}, "the loss 'mse' has no such parameter; sgt and unnormalized_sgt would have"), ({"loss": "sgt", "cauchy_scale": 1.}, "cauchy would have"), ({"loss": "huber", "learn_loss": True}, "nothing to learn"),
+    ({"loss": "unnormalized_sgt", "learn_loss": True}, "nothing to learn"), ({"loss": "sgt", "sgt_q": .5}, "loss 'sgt':"), ({"loss": "cauhcy"}, "did you mean 'cauchy'"), ({"model": "lstm", "n_heads": 2}, "an lstm has no such parameter"),
+    ({"model": "rnn"}, "'transformer' or 'lstm'"), ({"d_model": 30}, "multiple of n_heads, 4"), ({"input_length": 20}, "is smoothed over 99 steps"), ({"path": "a.csv"}, "it is for an epidemic"), ({"validation_share": .5}, "it is for an epidemic"),
+    ({"data": "rvr_us", "validation_size": 5}, "validation_share"), ({"data": "rvr_us", "scaling": "none"}, "scaled by their input"), ({"dropout": 1.}, "less than 1"), ({"horizon": 0}, "greater than or equal to 1"), ({"loss": True}, "it should be"),
+    ({"loss_name": "mse"}, "nexpected")])
+def test_wrong_parameters_are_refused(wrong, said):
+    with pytest.raises(ParameterError, match=said): build(Forecast, wrong)
+
+
+@pytest.mark.parametrize("name", LOSS_PARAMETERS)
+def test_every_parameter_of_a_loss_reaches_it_and_belongs_to_no_other(name):
+    losses, own = LOSS_PARAMETERS[name]
+    for loss in losses:
+        r = torch.linspace(-2, 2, 9, dtype=torch.float64)
+        assert not torch.equal(loss_from(loss, **{name: {"q": 7., "p": 1.5}.get(own, .8)}).pointwise(r), loss_from(loss).pointwise(r))
+    for loss in {"mse", "mae", "huber", "quantile", "cauchy", "sgt", "unnormalized_cauchy", "unnormalized_sgt"} - set(losses):
+        with pytest.raises(ValueError, match=name): loss_from(loss, **{name: .8})
+
+
+# Metrics
+
+def test_evaluation_is_what_the_definitions_say():
+    task = small(loss="huber", huber_delta=.1, scaling="input")
+    model, windows = task.model().eval(), task.validation
+    with torch.no_grad():
+        found = task.evaluate(model)
+        forced, free = model(windows.inputs, windows.targets), model.forecast(windows.inputs, 12)
+    loss = torch.nn.HuberLoss(delta=.1)
+    forecast, target = ((v * windows.scale + windows.center).double() for v in (free, windows.targets))
+    expected = {"valid/loss": loss(forced, windows.targets), "valid/free_loss": loss(free, windows.targets), "valid/free_mse": (free - windows.targets).square().mean(), "valid/free_mae": (free - windows.targets).abs().mean(),
+                "valid/mape": 100 * ((forecast - target).abs() / target.abs()).mean(), "valid/smape": 200 * ((forecast - target).abs() / (forecast.abs() + target.abs())).mean()}
+    assert found.keys() == expected.keys()
+    for name, value in expected.items(): assert found[name] == pytest.approx(value.item(), rel=1e-4), name
+
+
+def test_denominators_of_zero():
+    zeros, ones = torch.zeros(4, 1, 1), torch.ones(4, 1, 1)
+    assert percentage_errors(zeros, zeros) == {"smape": 0.} and percentage_errors(ones, zeros) == {"smape": 200.}
+    mixed = torch.tensor([0., 2., 0., -4.]).reshape(4, 1, 1)
+    assert percentage_errors(ones, mixed)["mape"] == pytest.approx(100 * (1 / 2 + 5 / 4) / 2)
+
+
+def test_all_models_are_evaluated_on_the_same_windows_and_no_training_sees_them():
+    one, other = small(), small(loss="mae", model="lstm")
+    assert torch.equal(one.validation.targets, other.validation.targets) and len(one.validation.targets) == 64
+    for seed in range(3): assert not torch.isin(one.batch(50, np.random.default_rng([seed, 0])).targets, one.validation.targets).any()
+
+
+# What no forecast can beat
+
+class Linear(torch.nn.Module):
+    """The best linear predictor, and given the horizon so far the best one step ahead: no forecast of nearly normal noise is much better on average."""
+    def __init__(self, task):
+        super().__init__()
+        self.criterion, self.process, self.steps, self.nothing = task.criterion(), PRESETS[task.data], (task.input_length, task.horizon), torch.nn.Parameter(torch.zeros(()))
+        self.S = smoothing_matrix(self.process.weights(), sum(self.steps))
+
+    def forecast(self, inputs, horizon):
+        windows = make_windows(torch.cat([inputs, torch.zeros(len(inputs), horizon, 1)], 1), *self.steps)
+        return torch.from_numpy(linear_forecast(self.process, windows)).float()
+
+    def forward(self, inputs, targets):
+        past, found = torch.cat([inputs, targets], 1)[..., 0].double().numpy(), []
+        for end in range(inputs.shape[1], past.shape[1]):
+            weights, _ = _condition(self.S[:end], self.S[end:end + 1], 1e-7)  # float32 rounds what is seen
+            found.append(torch.from_numpy(past[:, :end] @ weights[0]))
+        return torch.stack(found, 1)[..., None].float()
+
+
+@pytest.mark.parametrize("loss", [{"loss": "mse"}, {"loss": "sgt", "sgt_sigma": .3, "sgt_q": 20.}, {"loss": "cauchy", "cauchy_scale": .1}], ids=lambda loss: loss["loss"])
+def test_the_best_forecaster_reaches_the_optima_and_does_not_beat_them(loss):
+    """On many windows: nearly normal noise, so that the best linear predictor is nearly the best, and the bounds are nearly tight."""
+    task = small(**loss, validation_size=8000)
+    bounds = {o.metric: o for o in task.optimum()}
+    assert bounds.keys() == {"train/loss", "valid/loss", "valid/free_loss", "valid/free_mse", "valid/free_mae"} and {o.kind for o in bounds.values()} == {"bound"}
+    found = task.evaluate(Linear(task))
+    assert bounds["train/loss"].value == bounds["valid/loss"].value < bounds["valid/free_loss"].value
+    for name in bounds.keys() - {"train/loss"}:
+        scale = max(abs(bounds[name].value), .1)
+        assert bounds[name].value - .02 * scale < found[name] < bounds[name].value + .04 * scale, name
+
+
+def test_a_trained_model_stays_above_its_optimum_and_a_reference_too(tmp_path):
+    """A metric of the other kind would be refuted: the teacher-forced loss ends below what bounds the free-running one."""
+    task = small(validation_size=2000, dropout=0., d_model=16)
+    run = train(task, tmp_path, steps=250, batch_size=64, lr=5e-3, evaluations=2, keep_weights=False)
+    bounds, last = {o["metric"]: o["value"] for o in run.optimum}, run.metrics.iloc[-1]
+    assert bounds == {o.metric: o.value for o in task.optimum()}
+    for name in ("valid/loss", "valid/free_loss", "valid/free_mae"): assert last[name] > .98 * bounds[name]
+    assert last["valid/loss"] < bounds["valid/free_loss"]
+    references = {(r["metric"], r["name"]): r["value"] for r in run.references}
+    for (metric, name), value in references.items(): assert value > .95 * bounds[metric], (metric, name)
+    assert references["valid/free_loss", "best linear predictor"] < references["valid/free_loss", "the last value"] < 1
+    assert last["valid/loss"] < references["valid/loss", "the last value"]
+
+
+def test_references_are_losses_of_what_they_name():
+    task = small(loss="mae", scaling="input")
+    windows = task.validation
+    found = {(r.metric, r.name): r.value for r in task.references()}
+    before = torch.cat([windows.inputs, windows.targets], 1)[:, -13:-1]
+    assert found["valid/loss", "the last value"] == pytest.approx((before - windows.targets).abs().mean().item(), rel=1e-5)
+    assert found["valid/free_mse", "the last value"] == pytest.approx((windows.inputs[:, -1:] - windows.targets).square().mean().item(), rel=1e-5)
+    assert found["valid/free_loss", "best linear predictor"] < found["valid/free_loss", "the last value"]
+
+
+def test_where_nothing_is_known_there_is_no_optimum():
+    assert small(scaling="input").optimum() == []
+    assert small(data="heavy_tailed_short").optimum() == []  # a moment that no sample shows
+    assert {o.metric for o in small(data="heavy_tailed_short", loss="cauchy").optimum()} == {"train/loss", "valid/loss", "valid/free_loss"}
+    assert {o.metric for o in small(loss="sgt", learn_loss=True).optimum()} == {"valid/free_mse", "valid/free_mae"}
+
+
+def test_a_finite_training_set_has_no_bound_of_its_loss(tmp_path):
+    run = train(small(), tmp_path, samples=16, steps=4)
+    assert "train/loss" not in {o["metric"] for o in run.optimum} and "population/loss" not in run.metrics
+    assert "population/loss" in train(small(), tmp_path, samples=16, steps=4, population_size=8).metrics
+
+
+# Learnt losses
+
+@pytest.mark.parametrize("loss, learnt", [("cauchy", {"scale"}), ("sgt", {"sigma", "skew", "p", "q"})])
+def test_parameters_of_a_loss_are_trained_with_the_model(loss, learnt, tmp_path):
+    task = small(loss=loss, learn_loss=True)
+    run = train(task, tmp_path, steps=60, lr=1e-2)
+    before, after = task.criterion().state_dict(), trained(run).criterion.state_dict()
+    assert {name.rpartition(".")[2] for name in after} == learnt
+    assert all(not torch.equal(before[name], after[name]) for name in after)
+    kept = run.checkpoints[60]
+    assert all(torch.equal(kept[f"criterion.{name}"], value) for name, value in after.items())
+    model = trained(run)
+    with torch.no_grad(): forced, targets = model(*task.validation[:2]), task.validation.targets
+    assert run.metrics["valid/loss"].iloc[-1] == pytest.approx(model.criterion(forced, targets).item(), rel=1e-5) != pytest.approx(task.criterion()(forced, targets).item(), rel=1e-5)
+    fixed = small(loss=loss).model()
+    assert not any(name.startswith("criterion") for name, _ in fixed.named_parameters())
+
+
+# Runs
+
+@pytest.mark.parametrize("given", [{}, {"model": "lstm", "loss": "sgt", "learn_loss": True}, {"scaling": "input", "loss": "cauchy"}], ids=["transformer", "lstm", "scaled"])
+def test_a_killed_run_goes_on_bit_for_bit(given, tmp_path, monkeypatch):
+    """Killed twice; dropout is on, so the random state has to be right as well."""
+    task, how = small(**given, dropout=.3), {} if given else {"samples": 20}
+    unbroken = train(task, tmp_path / "unbroken", **how)
+    killed_at(7, monkeypatch, train, task, tmp_path / "killed", **how)
+    [path] = (tmp_path / "killed").iterdir()
+    killed_at(19, monkeypatch, lambda: fit(*resumed(Run(path)), resume=Run(path), progress=False))
+    run = fit(*resumed(Run(path)), resume=Run(path), progress=False)
+    assert run.status == "done" and recorded(run) == recorded(unbroken)
+
+
+def test_patience_ends_a_training_after_evaluations_without_a_better_one(tmp_path):
+    task, how = small(dropout=.3), {"steps": 200, "lr": .1, "evaluations": 40, "checkpoints": 2}
+    run, whole = train(task, tmp_path, patience=3, **how), train(task, tmp_path, **how)
+    losses = run.metrics[["step", "valid/free_loss"]].dropna()
+    best = losses["valid/free_loss"].argmin()
+    assert run.status == "done" and len(losses) - 1 - best == 3 and losses["step"].iloc[-1] < 200
+    assert losses["valid/free_loss"].iloc[-3:].min() >= losses["valid/free_loss"].iloc[best]
+    for i in range(len(losses) - 1): assert losses["valid/free_loss"].iloc[:i + 1].argmin() > i - 3  # and no earlier
+    pd.testing.assert_frame_equal(run.metrics, whole.metrics.iloc[:len(run.metrics)])
+    last = int(losses["step"].iloc[-1])
+    assert run.spectra.steps[-1] == last and trained(run).state_dict().keys() == run.checkpoints[last].keys()
+    assert all(torch.equal(run.checkpoints[last][name], weights) for name, weights in trained(run).state_dict().items())
+
+
+@pytest.mark.parametrize("step", [4, 39])
+def test_a_killed_run_with_patience_ends_where_the_unbroken_one_does(step, tmp_path, monkeypatch):
+    task, how = small(dropout=.3), {"steps": 200, "lr": .1, "evaluations": 40, "checkpoints": 2, "patience": 3}
+    unbroken = train(task, tmp_path / "unbroken", **how)
+    step = min(step, int(unbroken.metrics["step"].iloc[-1]) - 1)
+    killed_at(step, monkeypatch, train, task, tmp_path / "killed", **how)
+    [path] = (tmp_path / "killed").iterdir()
+    run = fit(*resumed(Run(path)), resume=Run(path), progress=False)
+    assert run.status == "done" and recorded(run) == recorded(unbroken)
+    again = fit(*resumed(run), resume=run, progress=False)  # what has ended ends again at once
+    assert recorded(again) == recorded(unbroken)
+
+
+def test_patience_needs_a_metric(tmp_path):
+    with pytest.raises(ParameterError, match="recall has no metric"): fit(Recall(length=16), runs_dir=tmp_path, patience=3, progress=False)
+    assert not list(tmp_path.iterdir())
+
+
+# Epidemics
+
+@pytest.fixture
+def table(tmp_path):
+    """Beds of ten places; a place's level is its number, so that a window tells where it is from."""
+    dates, rng = pd.date_range("2021-01-01", periods=90).strftime("%Y-%m-%d"), np.random.default_rng(0)
+    parts = [pd.DataFrame({"jurisdiction": f"P{i}", "collection_date": dates, "average_inpatient_beds_occupied": 1000. * (i + 1) + 100 * np.sin(np.arange(90) / 5 + i) + rng.normal(size=90)}) for i in range(10)]
+    path = tmp_path / "beds.csv"
+    pd.concat(parts).to_csv(path, index=False)
+    return path
+
+
+def test_an_epidemic_is_split_by_place_and_trained_on(table, tmp_path):
+    task = Forecast(data="rvr_us", path=str(table), input_length=20, horizon=5, d_model=8, n_layers=1, n_heads=2)
+    batch = task.batch(200, np.random.default_rng(0))
+    places = lambda windows: set((windows.center[:, 0, 0] / 1000).round().int().tolist())
+    assert len(places(task.validation)) == 2 and len(places(batch)) == 8 and not places(batch) & places(task.validation)
+    assert len(task.batch(8, np.random.default_rng(0)).group) == 8
+    whole = task.batch(len(task._sides[0].group), np.random.default_rng(1))
+    assert len(whole.targets.flatten(1).unique(dim=0)) == len(task._sides[0].group)  # each once
+    run = train(task, tmp_path / "runs", samples=16)
+    assert run.status == "done" and run.optimum == [] and {r["name"] for r in run.references} == {"the last value"}
+    assert math.isfinite(run.metrics["valid/smape"].dropna().iloc[-1]) and "population/loss" not in run.metrics
+    with pytest.raises(ParameterError, match="no population"): train(task, tmp_path / "others", samples=16, population_size=8)
+    assert run.config["parameters"]["path"] == str(table)
+
+
+def test_a_bad_table_stops_before_a_run_is_made(tmp_path):
+    (tmp_path / "bad.csv").write_text("a,b\n1,2\n")
+    for path in ("bad.csv", "none.csv"):
+        with pytest.raises(ValueError, match="has no column|there is no file"): train(Forecast(data="rvr_us", path=str(tmp_path / path), input_length=20, horizon=5), tmp_path / "runs")
+    assert not (tmp_path / "runs").exists()
+
+
+def test_the_figure_shows_forecasts_beside_what_came():
+    task = small(scaling="input")
+    model = task.model().eval()
+    figure, windows = task.figure(model, 2), task.validation.take(torch.arange(2))
+    assert [trace.name for trace in figure.data] == ["window", "what came", "forecast"] * 2
+    with torch.no_grad(): free = model.forecast(windows.inputs, 12) * windows.scale + windows.center
+    for i in range(2):
+        np.testing.assert_allclose(figure.data[3 * i + 2].y, free[i, :, 0], atol=2e-5)
+        np.testing.assert_allclose(figure.data[3 * i + 1].y, (windows.targets * windows.scale + windows.center)[i, :, 0], atol=2e-5)
+
+
+def test_float64_and_bfloat16_train(tmp_path):
+    for precision in ("float64", "bfloat16"):
+        run = train(small(loss="sgt", learn_loss=True), tmp_path, precision=precision, steps=4)
+        assert run.status == "done" and run.metrics["valid/free_loss"].notna().sum() > 1
+    assert next(trained(train(small(), tmp_path, precision="float64", steps=2)).parameters()).dtype == torch.float64
+
+
+def test_the_squared_loss_is_the_default():
+    assert isinstance(small().criterion(), MSE) and small().label == "transformer-normal_short-mse"
