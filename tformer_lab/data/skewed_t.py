@@ -65,11 +65,21 @@ def _log_odds(z, p, q):
     "ln(z^p / q), or with infinite q ln(z^p)"
     with np.errstate(divide="ignore"): return p * np.log(z) - (0. if q == math.inf else math.log(q))
 
-FAR = 37.  # in log odds: beyond, 1 - W is below the precision of 1, and one term of its series is all that is left
+FAR = 7.  # in log odds: beyond, 1 - W is below a thousandth, and the series of the incomplete beta function converges at once
 
 def _log_beta_norm(p, q):
     "ln(q B(1/p, q)): the probability that 1 - W is below a small u is u^q over this"
     return math.lgamma(1 / p) - log_gamma_ratio(q, 1 / p) + (1 - 1 / p) * math.log(q)
+
+def _log_series(u, p, q):
+    "What small u adds to the logarithm of u^q over that norm"
+    return np.log(special.hyp2f1(q, 1 - 1 / p, q + 1, u))
+
+def _far_odds(known, p, q):
+    "The log odds at which that series adds up to a logarithm"
+    log_u = known / q
+    for _ in range(10): log_u = (known - _log_series(np.exp(log_u), p, q)) / q  # each step adds two or three digits
+    return np.log1p(-np.exp(log_u)) - log_u
 
 def magnitude_sf(
     z:np.ndarray, # 0 or more
@@ -81,7 +91,8 @@ def magnitude_sf(
     with np.errstate(over="ignore", under="ignore"):
         if q == math.inf: return special.gammaincc(1 / p, np.exp(odds))
         near = np.where(odds < 0, special.betaincc(1 / p, q, special.expit(odds)), special.betainc(q, 1 / p, special.expit(-odds)))
-        return np.where(odds > FAR, np.exp(-q * odds - _log_beta_norm(p, q)), near)
+        far = q * special.log_expit(-odds) - _log_beta_norm(p, q) + _log_series(special.expit(-np.maximum(odds, FAR)), p, q)
+        return np.where(odds > FAR, np.exp(far), near)
 
 def magnitude_isf(
     t:np.ndarray, # In [0, 1]
@@ -93,9 +104,11 @@ def magnitude_isf(
     w = special.betainccinv(1 / p, q, t)
     with np.errstate(all="ignore"):
         rest = special.betaincinv(q, 1 / p, np.where(w < .5, np.nan, t))
-        far = -(np.log(t) + _log_beta_norm(p, q)) / q
-        odds = np.where(w < .5, np.log(w) - np.log1p(-w), np.log1p(-rest) - np.log(rest))
-        return np.exp((np.where(far > FAR, far, odds) + math.log(q)) / p)
+        odds = np.asarray(np.where(w < .5, np.log(w) - np.log1p(-w), np.log1p(-rest) - np.log(rest)))
+        known = np.asarray(np.log(t) + _log_beta_norm(p, q))
+        far = known < -FAR * q
+        odds[far] = _far_odds(known[far], p, q)
+        return np.exp((odds + math.log(q)) / p)
 
 # %% ../../nbs/data/skewed_t.ipynb #3946fa23
 class Moments(NamedTuple):
