@@ -924,8 +924,8 @@ def screen(text):
 
 def test_terminal_replaces_its_lines(tmp_path):
     ours, theirs = pty.openpty()
-    process = subprocess.Popen([Path(sys.executable).with_name("tformer-sweep"), "--in-process", "--slots", "1", "--name", "seen", "--runs-dir", tmp_path, *given({"task": "own_tasks:Failing,recall", **LONG})],
-                               stdin=theirs, stdout=theirs, stderr=theirs, env={**os.environ, "CURE": str(tmp_path / "none")})
+    process = subprocess.Popen([Path(sys.executable).with_name("tformer-sweep"), "--in-process", "--slots", "1", "--name", "seen", "--runs-dir", tmp_path, *given({"task": "own_tasks:Failing,own_tasks:Paused", **LONG})],
+                               stdin=theirs, stdout=theirs, stderr=theirs, env={**os.environ, "CURE": str(tmp_path / "none"), "PAUSE": ".02"})
     os.close(theirs)
     said = b""
     try:

@@ -136,12 +136,13 @@ def _check_papermill():
 # %% ../../nbs/runs/sweep.ipynb #461ed7ab
 def _run_local(found, jobs, slots, progress):
     board = Board(found.jobs)
-    teller, due = Teller(board, found.labels, len(slots)), 0.
+    teller, due, took = Teller(board, found.labels, len(slots)), 0., [0., 0.]
     def tick():
         nonlocal due
         if not progress or (start := time.monotonic()) < due: return
         teller.tell(board.refresh())
-        due = time.monotonic() + max(1, 30 * (time.monotonic() - start))  # looking at thousands of jobs takes a thirtieth of the time at most
+        took[:] = took[1], time.monotonic() - start
+        due = time.monotonic() + max(1, 30 * min(took))  # looking at thousands of jobs takes a thirtieth of the time; the first look imports what it needs
     try: Pool(slots, tick, say=teller.note if progress else lambda text: None).run(jobs)
     finally:
         if progress: teller.tell(board.refresh(), last=True)
