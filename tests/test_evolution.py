@@ -1,5 +1,4 @@
 """Evolution trains like any other method: it improves what can be improved, the same each time, and a run that was killed equals the unbroken one."""
-import json
 import os
 import signal
 import subprocess
@@ -11,6 +10,7 @@ import pytest
 import torch
 from pydantic import ConfigDict
 from pydantic.dataclasses import dataclass
+from test_kill import assert_same
 from torch import nn
 
 from tformer_lab.runs.store import Run, read_state
@@ -52,24 +52,6 @@ class Translate:
 
 def train(runs, kind="es", task=None, **trainer):
     return fit(task or Halves(dropout=.1), runs_dir=runs, progress=False, **{**KINDS[kind], "candidates_at_once": 16, **trainer})
-
-
-def content(path):
-    """A file's bytes; safetensors writes the metadata in its header in random order, so that is parsed."""
-    data = path.read_bytes()
-    end = 8 + int.from_bytes(data[:8], "little") if path.suffix == ".safetensors" else 0
-    return json.loads(data[8:end] or "null"), data[end:]
-
-
-def recorded(run):
-    files = [run.path / "metrics.jsonl", *run.path.glob("spectra/*"), *run.path.glob("checkpoints/*")]
-    return {str(path.relative_to(run.path)): content(path) for path in files}
-
-
-def assert_same(run, unbroken):
-    mine, its = recorded(run), recorded(unbroken)
-    assert run.status == "done" and sorted(mine) == sorted(its)
-    assert [name for name in mine if mine[name] != its[name]] == []
 
 
 def test_step_of_the_strategy_equals_its_closed_form():

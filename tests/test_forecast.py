@@ -1,11 +1,12 @@
 """The forecasting task: its metrics, its optima and references, losses that learn, epidemics, ending early, and runs that go on bit for bit."""
-import json
 import math
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
+
+from test_kill import recorded
 
 from tformer_lab.data.series import PRESETS, make_windows, smoothing_matrix
 from tformer_lab.losses import MSE
@@ -28,15 +29,6 @@ def small(**given):
 
 def train(task, runs, **how):
     return fit(task, runs_dir=runs, progress=False, **{"steps": 30, "batch_size": 8, "checkpoints": 3, "evaluations": 6, **how})
-
-
-def recorded(run):
-    """All that has to be the same in two runs; the header of safetensors has a random order."""
-    def content(path):
-        data = path.read_bytes()
-        end = 8 + int.from_bytes(data[:8], "little") if path.suffix == ".safetensors" else 0
-        return json.loads(data[8:end] or "null"), data[end:]
-    return {str(path.relative_to(run.path)): content(path) for path in (run.path / "metrics.jsonl", *run.path.glob("spectra/*"), *run.path.glob("checkpoints/*"))}
 
 
 class Killed(BaseException):

@@ -111,6 +111,19 @@ def test_magnitudes_and_their_probabilities_are_inverse_in_the_far_tail(p, q, t)
     assert np.all(falling[1:] <= falling[:-1] * (1 + 1e-12))
 
 
+@pytest.mark.parametrize("p, q", [(2., 1.001), (.5, 3.), (10., 14.58), (1., .3), (1.5, 40.)])
+def test_far_tail_is_the_incomplete_beta_function(p, q):
+    """On both sides of where a series takes over, and far beyond, in fifty digits."""
+    for odds in (6.5, 7.5, 9., 20., 40., 90.):
+        z = (q * math.exp(odds))**(1 / p)
+        with mpmath.workdps(50):
+            u = 1 / (1 + mpmath.mpf(z)**p / mpmath.mpf(q))
+            exact = float(mpmath.betainc(q, 1 / mpmath.mpf(p), 0, u, regularized=True))
+        if exact < 1e-300: continue
+        assert magnitude_sf(np.array([z]), p, q)[0] == pytest.approx(exact, rel=1e-10)
+        assert magnitude_isf(np.array([exact]), p, q)[0] == pytest.approx(z, rel=1e-10)
+
+
 def test_quantiles_of_impossible_probabilities_are_nan_and_the_ends_are_infinite():
     law = SkewedGeneralizedT(lam=.3)
     assert np.isnan(law.ppf([-.1, 1.1, np.nan])).all() and law.ppf([0., 1.]).tolist() == [-np.inf, np.inf]

@@ -313,6 +313,11 @@ def test_in_process_gives_the_records_of_the_notebook(first, tmp_path):
         assert not job.notebook.exists()
 
 
+def test_torchs_own_optimizers_share_a_process_too(tmp_path):
+    found = sweep(None, {"lr": [.1, .2], "optimizer": "adam", **SMALL}, runs_dir=tmp_path, in_process=True, slots=1, progress=False)
+    assert found.counts() == {"done": 2} and len({job.said["pid"] for job in found.jobs}) == 1  # the first sets a variable of the environment
+
+
 def test_runs_of_a_sweep_are_runs_as_any_others(first):
     code, said, folder, found = first
     table = list_runs(folder / "runs")
