@@ -317,9 +317,17 @@ def test_page_is_sent_the_stored_values(folder):
             np.testing.assert_allclose(heights, [histogram(row, bins_of(name, scale), scale) for row in s], rtol=1e-6)
     about = dashboard.about
     assert np.frombuffer(about["steps"], "<i4").tolist() == STEPS.tolist() and about["matrices"] == list(SHAPES) and about["status"] == "done"
-    assert [(record["name"], record["optima"]) for record in about["records"]] == [("train/loss", [1.2])]
+    assert [(record["name"], record["levels"]) for record in about["records"]] == [("train/loss", [1.2])]
     assert np.frombuffer(about["kept"], "<i4").tolist() == [8, 256]
     assert [row["run"] for row in dashboard.table["rows"]] in (["mine", "other"], ["other", "mine"])
+
+
+def test_references_are_drawn_beside_the_optimum(tmp_path):
+    write_run(tmp_path / "mine", SPECTRA, SHAPES, STEPS, LOSSES, references=[{"metric": "train/loss", "value": 1.7, "name": "linear"}, {"metric": "valid/loss", "value": 9., "name": "other"}])
+    dashboard = opened(tmp_path)
+    record, = dashboard.about["records"]
+    assert record["levels"] == [1.7, 1.2] and [trace["name"] for trace in record["figure"]["data"][1:]] == ["linear 1.7", "optimum 1.2 (exact)"]
+    assert [list(trace.y) for trace in dashboard.figure("loss").data[1:]] == [[1.7] * 2, [1.2] * 2]
 
 
 def test_number_of_checkpoints_and_matrices_that_are_drawn_is_said(tmp_path):

@@ -159,7 +159,7 @@ def _metric(scene):
 def _loss(scene):
     training, name = scene.training, scene.state["record"]
     if not training.records: raise ValueError(f"{training.name} has recorded no metrics")
-    figure = curve_figure(*training.records[name], name, training.optimum, scene.axis, training.unresolved, escape(training.name))
+    figure = curve_figure(*training.records[name], name, training.optimum, scene.axis, training.unresolved, escape(training.name), training.references)
     for i, (label, _, run) in enumerate(scene.beside):
         if run is training or name not in run.records: continue
         steps, values = run.records[name]

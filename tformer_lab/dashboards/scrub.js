@@ -598,12 +598,12 @@ class Dashboard {
     if (!record) return;  // not purged: a drawing may be on its way
     const { data, layout } = record.figure, ends = [this.position(0), this.position(this.about.last)];
     const main = { ...data[0], x: record.steps.map((s) => this.position(s)), y: record.values, customdata: record.steps, showlegend: false };
-    const optima = data.slice(1).map((trace, j) => ({ ...trace, x: ends, y: [record.optima[j], record.optima[j]], showlegend: true }));
+    const levels = data.slice(1).map((trace, j) => ({ ...trace, x: ends, y: [record.levels[j], record.levels[j]], showlegend: true }));
     const others = this.others.map((other, j) => ({ other, found: other.recorded[record.name], color: this.get("panels").others[j] })).filter(({ found }) => found)
       .map(({ other, found, color }) => ({ ...data[0], x: found.steps.map((s) => this.otherPosition(other, s)), y: found.values, customdata: found.steps, name: other.label, line: { color, width: 1.5 }, showlegend: false }));
-    const every = [...record.values, ...others.flatMap(({ y }) => y), ...record.optima, 0].filter(Number.isFinite), low = Math.min(...every), high = Math.max(...every), margin = 0.04 * (high - low) || 0.5;
+    const every = [...record.values, ...others.flatMap(({ y }) => y), ...record.levels, 0].filter(Number.isFinite), low = Math.min(...every), high = Math.max(...every), margin = 0.04 * (high - low) || 0.5;
     const axes = { xaxis: { ...layout.xaxis, ...this.stepAxis() }, yaxis: { ...layout.yaxis, range: [low - margin, high + margin] }, shapes: this.shapes() };
-    Plotly.react(this.panels.loss, [main, ...optima, ...others], this.layout(layout, axes), CONFIG);
+    Plotly.react(this.panels.loss, [main, ...levels, ...others], this.layout(layout, axes), CONFIG);
     this.note("loss", this.thinning(record.drawn, record.of, "records"));
     this.cursors?.find((cursor) => cursor.panel === this.panels.loss)?.move(this.positions[this.index]);
   }

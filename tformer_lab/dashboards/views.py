@@ -37,6 +37,7 @@ class Training:
     history:SpectrumHistory
     records:dict[str, tuple[np.ndarray, np.ndarray]] = field(default_factory=dict) # Steps and values by metric, the loss first
     optimum:Sequence[Mapping[str, Any]] = () # As in a run's config
+    references:Sequence[Mapping[str, Any]] = () # Likewise
     unresolved:int|None = None # The first step at which rounding has taken over
     status:str = "" # "running", "done", …
     error:str|None = None # Why it failed
@@ -55,7 +56,7 @@ def training_of(
     "What the dashboard shows of it"
     if isinstance(x, SpectrumHistory): return Training(x.run or "spectra", x)
     said = x.status_details
-    return Training(x.name, x.spectra if history is None else history, _recorded(x.metrics), x.optimum, x.unresolved, said["status"], said.get("error"), x.checkpoints)
+    return Training(x.name, x.spectra if history is None else history, _recorded(x.metrics), x.optimum, x.references, x.unresolved, said["status"], said.get("error"), x.checkpoints)
 
 # %% ../../nbs/dashboards/views.ipynb #df749d42
 DRAWN_RECORDS = 2500 # Of a recorded metric
@@ -136,8 +137,8 @@ def last_step(
 def _record(training, name, axis):
     steps, values = training.records[name]
     kept = thinned(len(steps), DRAWN_RECORDS)
-    figure = curve_figure(steps[kept], values[kept], name, training.optimum, axis, None).update_layout(height=230, margin={"t": 34}, showlegend=True)
-    return {"name": name, "figure": template(figure), "optima": [o["value"] for o in training.optimum if o["metric"] == name and o.get("position") is None],
+    figure = curve_figure(steps[kept], values[kept], name, training.optimum, axis, None, references=training.references).update_layout(height=230, margin={"t": 34}, showlegend=True)
+    return {"name": name, "figure": template(figure), "levels": [float(trace.y[0]) for trace in figure.data[1:]],
             "steps": whole(steps[kept]), "values": floats(values[kept]), "drawn": len(kept), "of": len(steps)}
 
 def run_data(
