@@ -8,9 +8,10 @@ import torch
 
 from test_kill import recorded
 
+from tformer_lab.data.skewed_t import SkewedGeneralizedT
 from tformer_lab.data.series import PRESETS, make_windows, smoothing_matrix
 from tformer_lab.losses import MSE
-from tformer_lab.runs.store import Run
+from tformer_lab.runs.store import Run, RunError
 from tformer_lab.tasks.forecast import LOSS_PARAMETERS, Forecast, loss_from, percentage_errors
 from tformer_lab.tasks.recall import Recall
 from tformer_lab.tasks.task import Task, task_class
@@ -75,7 +76,8 @@ def test_every_parameter_of_a_loss_reaches_it_and_belongs_to_no_other(name):
     losses, own = LOSS_PARAMETERS[name]
     for loss in losses:
         r = torch.linspace(-2, 2, 9, dtype=torch.float64)
-        assert not torch.equal(loss_from(loss, **{name: {"q": 7., "p": 1.5}.get(own, .8)}).pointwise(r), loss_from(loss).pointwise(r))
+        others = {"sgt_q": 3.} if own == "standardized" else {}  # at p = q = 2 both are one law
+        assert not torch.equal(loss_from(loss, **others, **{name: {"q": 7., "p": 1.5, "standardized": False}.get(own, .8)}).pointwise(r), loss_from(loss, **others).pointwise(r))
     for loss in {"mse", "mae", "huber", "quantile", "cauchy", "sgt", "unnormalized_cauchy", "unnormalized_sgt"} - set(losses):
         with pytest.raises(ValueError, match=name): loss_from(loss, **{name: .8})
 
@@ -198,6 +200,24 @@ def test_parameters_of_a_loss_are_trained_with_the_model(loss, learnt, tmp_path)
     assert not any(name.startswith("criterion") for name, _ in fixed.named_parameters())
 
 
+def test_some_of_a_loss_s_parameters_are_learnt_by_name():
+    for given, learnt in ((True, {"sigma", "skew", "p", "q"}), ("sigma, q", {"sigma", "q"}), ("skew", {"skew"})):
+        task = build(Forecast, {"loss": "sgt", "learn_loss": given})
+        assert set(task.criterion().free) == learnt and not [o for o in task.optimum() if o.metric == "valid/loss"]
+    assert build(Forecast, {"loss": "sgt", "learn_loss": "sigma,q"}).label == "transformer-normal-sgt-learnt_sigma_q"
+    with pytest.raises(ParameterError, match="cannot learn 'scale'; it can learn sigma, skew, p, q"): build(Forecast, {"loss": "sgt", "learn_loss": "scale"})
+    with pytest.raises(ParameterError, match="mse.* has nothing to learn"): build(Forecast, {"loss": "mse", "learn_loss": "scale"})
+
+
+def test_an_sgt_loss_without_a_variance_can_be_asked_for():
+    task = build(Forecast, {"loss": "sgt", "sgt_q": .6, "sgt_standardized": False})
+    x = torch.linspace(-4, 4, 9, dtype=torch.float64)
+    density = SkewedGeneralizedT(0., 1., 0., 2., .6, False).pdf(x.numpy())
+    np.testing.assert_allclose(task.criterion().pointwise(x).numpy(), -np.log(density), rtol=1e-6)
+    with pytest.raises(ParameterError, match="q"): build(Forecast, {"loss": "sgt", "sgt_q": .6})
+    with pytest.raises(ParameterError, match="no such parameter"): build(Forecast, {"loss": "mse", "sgt_standardized": False})
+
+
 # Runs
 
 @pytest.mark.parametrize("given", [{}, {"model": "lstm", "loss": "sgt", "learn_loss": True}, {"scaling": "input", "loss": "cauchy"}], ids=["transformer", "lstm", "scaled"])
@@ -224,6 +244,9 @@ def test_patience_ends_a_training_after_evaluations_without_a_better_one(tmp_pat
     last = int(losses["step"].iloc[-1])
     assert run.spectra.steps[-1] == last and trained(run).state_dict().keys() == run.checkpoints[last].keys()
     assert all(torch.equal(run.checkpoints[last][name], weights) for name, weights in trained(run).state_dict().items())
+    with torch.no_grad(): found = {best: task.evaluate(trained(run, best=best))["valid/free_loss"] for best in (False, True)}
+    assert found == pytest.approx({False: losses["valid/free_loss"].iloc[-1], True: losses["valid/free_loss"].min()}, rel=1e-6)
+    with pytest.raises(RunError, match="only a training with patience keeps its best weights"): trained(whole, best=True)
 
 
 @pytest.mark.parametrize("step", [4, 39])
@@ -235,6 +258,7 @@ def test_a_killed_run_with_patience_ends_where_the_unbroken_one_does(step, tmp_p
     [path] = (tmp_path / "killed").iterdir()
     run = fit(*resumed(Run(path)), resume=Run(path), progress=False)
     assert run.status == "done" and recorded(run) == recorded(unbroken)
+    assert all(torch.equal(weights, unbroken.best_weights[name]) for name, weights in run.best_weights.items())
     again = fit(*resumed(run), resume=run, progress=False)  # what has ended ends again at once
     assert recorded(again) == recorded(unbroken)
 

@@ -245,6 +245,12 @@ class Run:
         "The weights that were kept, by step"
         return Checkpoints(self.path / "checkpoints")
 
+    @property
+    def best_weights(self) -> dict[str, Tensor]|None: # A state dict on the CPU; None where none were kept
+        "The weights of the best evaluation, which a training with patience keeps"
+        path = self.path / "best.safetensors"
+        return read_safetensors(path, "pt")[0] if path.exists() else None
+
     @cached_property
     def _spectra(self):
         from tformer_lab.spectra.checkpoints import SpectraFolder  # torch and scipy with it, which a look at a run's state does not need
@@ -302,9 +308,19 @@ class RunWriter:
         weights:Mapping[str, Tensor], # A state dict
     ) -> None:
         "Write the weights of a step"
+        self._write_weights(f"checkpoints/{step_file(step)}", step, weights)
+
+    def save_best(self,
+        step:int,
+        weights:Mapping[str, Tensor], # A state dict
+    ) -> None:
+        "Write the weights of the best evaluation so far, in place of those before"
+        self._write_weights("best.safetensors", step, weights)
+
+    def _write_weights(self, name, step, weights):
         import safetensors.torch
         copies = {name: t.detach().cpu().clone().contiguous() for name, t in weights.items()}  # tied weights share memory, which safetensors refuses
-        write_atomically(self.run.path / "checkpoints" / step_file(step), safetensors.torch.save(copies, {"format": "pt", "step": str(step)}))
+        write_atomically(self.run.path / name, safetensors.torch.save(copies, {"format": "pt", "step": str(step)}))
 
     def save_state(self,
         state:dict[str, Any], # Tensors, numbers, strings, and containers of these

@@ -6,23 +6,22 @@
 from __future__ import annotations
 
 from functools import cached_property, lru_cache
-from typing import ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 import numpy as np
-import plotly.graph_objects as go
 import torch
-from plotly.subplots import make_subplots
 from pydantic import ConfigDict, Field, model_validator
 from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
-from ..dashboards.figures import COLORS, style
 from ..data.epidemic import SOURCES, epidemic_windows
 from ..data.series import PRESETS, Windows, make_windows, split_windows
 from ..losses import MAE, MSE, Loss, make_loss
 from ..models.seq2seq import LSTMForecaster, TransformerForecaster, check_seq2seq, shift_right
 from .task import Optimum, Reference
 from ..theory.forecasting import forecast_optimum, linear_forecast
+
+if TYPE_CHECKING: import plotly.graph_objects as go
 
 # %% auto #0
 __all__ = ['LossName', 'LOSS_PARAMETERS', 'VALIDATION_STREAM', 'loss_from', 'percentage_errors', 'Forecast', 'check_data',
@@ -32,19 +31,20 @@ __all__ = ['LossName', 'LOSS_PARAMETERS', 'VALIDATION_STREAM', 'loss_from', 'per
 LossName = Literal["mse", "mae", "huber", "quantile", "cauchy", "sgt", "unnormalized_cauchy", "unnormalized_sgt"]
 _SGT = ("sgt", "unnormalized_sgt")
 LOSS_PARAMETERS = {"huber_delta": (("huber",), "delta"), "quantile": (("quantile",), "quantile"), "cauchy_scale": (("cauchy",), "scale"), "cauchy_gamma": (("unnormalized_cauchy",), "gamma"),
-                   **{f"sgt_{name}": (_SGT, name) for name in ("sigma", "skew", "p", "q")}}  # which losses have it, and what they call it
+                   **{f"sgt_{name}": (_SGT, name) for name in ("sigma", "skew", "p", "q", "standardized")}}  # which losses have it, and what they call it
 
 def loss_from(
     name:LossName,
-    learn:bool=False, # Train its parameters with the model?
-    **parameters:float|None, # Keys of `LOSS_PARAMETERS`; None: the loss's own default
+    learn:bool|str=False, # Train its parameters with the model? Or the names of some: "sigma,q"
+    **parameters:float|bool|None, # Keys of `LOSS_PARAMETERS`; None: the loss's own default
 ) -> Loss: # Raises ValueError
     "A loss, from parameters that carry its name"
     given = {key: value for key, value in parameters.items() if value is not None}
     for key, value in given.items():
         if name not in LOSS_PARAMETERS[key][0]: raise ValueError(f"{key} is {value}: the loss {name!r} has no such parameter; {' and '.join(LOSS_PARAMETERS[key][0])} would have")
-    if learn and name not in ("cauchy", "sgt"): raise ValueError(f"learn_loss is True: the loss {name!r} has nothing to learn; cauchy and sgt have")
-    try: return make_loss(name, **{LOSS_PARAMETERS[key][1]: value for key, value in given.items()}, **({"learn": True} if learn else {}))
+    if learn and name not in ("cauchy", "sgt"): raise ValueError(f"learn_loss is {learn}: the loss {name!r} has nothing to learn; cauchy and sgt have")
+    learnt = [part.strip() for part in learn.split(",")] if isinstance(learn, str) else learn
+    try: return make_loss(name, **{LOSS_PARAMETERS[key][1]: value for key, value in given.items()}, **({"learn": learnt} if learn else {}))
     except ValueError as error: raise ValueError(f"loss {name!r}: {error}") from None
 
 # %% ../../nbs/tasks/forecast.ipynb #76418ead
@@ -88,15 +88,16 @@ class Forecast:
     activation:Literal["relu", "gelu"]|None = None # Of a transformer's feed-forward layers; None: relu
     dropout:float = Field(.1, ge=0, lt=1)
     loss_name:LossName = Field("mse", alias="loss")
-    learn_loss:bool = False # Train the parameters of cauchy or sgt with the model?
+    learn_loss:bool|str = False # Train the parameters of cauchy or sgt with the model? Or the names of some: "sigma,q"
     huber_delta:float|None = None # Where huber becomes linear; None: 1
     quantile:float|None = None # That quantile looks for; None: 0.5
     cauchy_scale:float|None = None # Of cauchy; None: 1
     cauchy_gamma:float|None = None # Square of unnormalized_cauchy's scale; None: 2
-    sgt_sigma:float|None = None # Standard deviation, of both sgt; None: 1
+    sgt_sigma:float|None = None # Standard deviation, of both sgt; where they are not standardized a scale; None: 1
     sgt_skew:float|None = None # Of both sgt; None: 0
     sgt_p:float|None = None # Shape of the centre, of both sgt; None: 2
     sgt_q:float|None = None # Shape of the tails, of both sgt; None: 2
+    sgt_standardized:bool|None = None # Is sgt_sigma the standard deviation? It needs p q > 2; None: True
 
     name:ClassVar[str] = "forecast"
     defaults:ClassVar[dict] = {"steps": 2000, "batch_size": 32, "optimizer": "adam", "lr": 1e-3, "evaluations": 50, "spacing": "linear"}
@@ -124,7 +125,7 @@ class Forecast:
     @property
     def label(self) -> str: # "transformer-normal-sgt-sgt_q1.001"
         "Model, data and loss"
-        return "-".join([self.architecture, self.data, self.loss_name, *(f"{name}{value:g}" for name, value in self._loss_parameters), *(["learnt"] if self.learn_loss else [])])
+        return "-".join([self.architecture, self.data, self.loss_name, *(f"{name}{value:g}" for name, value in self._loss_parameters), *(["learnt" if self.learn_loss is True else f"learnt_{self.learn_loss.replace(',', '_').replace(' ', '')}"] if self.learn_loss else [])])
 
     @property
     def population_size(self) -> int|None: # None: there is no population
@@ -235,6 +236,8 @@ def forecast_figure(
     windows:Windows, # A few
 ) -> go.Figure:
     "What a model forecasts, in the data's units"
+    from plotly.subplots import make_subplots
+    from tformer_lab.dashboards.figures import COLORS, style
     there, horizon, length = next(model.parameters()), windows.targets.shape[1], windows.inputs.shape[1]
     free = windows.unscale(model.forecast(windows.inputs.to(there), horizon).cpu().float())
     past, future, shown = windows.unscale(windows.inputs), windows.unscale(windows.targets), min(length, 2 * horizon)

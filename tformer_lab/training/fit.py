@@ -207,9 +207,13 @@ class Patience:
         "Would this evaluation be one too many?"
         return self.evaluations is not None and self._after(metrics)[1] >= self.evaluations
 
-    def count(self, metrics:Mapping[str, Any]) -> None:
+    def count(self,
+        metrics:Mapping[str, Any],
+    ) -> bool: # Is it the best so far?
         "Take note of an evaluation"
-        if self.evaluations is not None: self.best, self.since = self._after(metrics)
+        if self.evaluations is None: return False
+        self.best, self.since = self._after(metrics)
+        return self.since == 0
 
 # %% ../../nbs/training/fit.ipynb #c785fcb2
 def make_patience(
@@ -377,7 +381,7 @@ class Loop:
         "Has patience run out? Then this is the last step, and recorded like one"
         patience = self.session.patience
         if patience.evaluations is None or not self.session.anyone(patience.ends(metrics)):
-            patience.count(metrics)
+            if patience.count(metrics) and self.writer is not None: self.writer.save_best(step, self.session.bare.state_dict())
             return False
         if step not in self.recorded: self.record(step)
         self.save(step)  # without this evaluation, which is made again by a session that goes on from here
@@ -565,15 +569,16 @@ def _restore(session, writer, run):
 def trained(
     run:Run,
     task:type|None=None, # The class of a task that is not registered
+    best:bool=False, # With the weights of its best evaluation, which a training with patience keeps?
 ) -> nn.Module: # On the CPU, for evaluation
     "The model of a run, with the weights of its last saved state"
     task, trainer = resumed(run, task)
-    state = read_state(run.path)
-    if state is None: raise RunError(f"{run.path} has no state.pt yet, and so no weights to take")
+    weights, source = (run.best_weights, "best.safetensors") if best else ((read_state(run.path) or {}).get("model"), "state.pt")
+    if weights is None: raise RunError(f"{run.path} has no {source}" + (": only a training with patience keeps its best weights" if best else " yet, and so no weights to take"))
     with torch.random.fork_rng(): model = task.model()
     if trainer.precision == "float64": model = model.double()
-    try: model.load_state_dict(state["model"])
-    except (LookupError, RuntimeError) as error: raise RunError(f"{run.path / 'state.pt'} does not fit this task's model: {error}") from error
+    try: model.load_state_dict(weights)
+    except (LookupError, RuntimeError) as error: raise RunError(f"{run.path / source} does not fit this task's model: {error}") from error
     return model.eval()
 
 # %% ../../nbs/training/fit.ipynb #bfbfc2c0
