@@ -11,6 +11,7 @@ import pytest
 from tformer_lab.runs.grid import combinations
 from tformer_lab.runs.sweep import read_sweep
 from tformer_lab.tasks.recall import Recall
+from tformer_lab.training.parameters import resolve
 
 pytestmark = pytest.mark.timeout(400)
 TOP = Path(__file__).parent.parent
@@ -93,3 +94,76 @@ def test_reduced_figures_show_the_entropies(reduced):
     first, every, finite, layers, spectra = optima(reduced[1])
     assert every == set(lines.values()) and finite == {lines[.5]} and layers == {lines[.2], lines[.5], lines[.8]} and not spectra
     assert first == {lines[0], lines[.5], "optimum 1 (exact)"}
+
+
+# Forecasting
+
+FORECASTING = ["size", "data", "optimizer", "loss"]
+LOSSES = {"squared", "absolute", "Cauchy", "SGT 1.001", "SGT 5", "SGT 20", "SGT 75", "SGT 100"}
+SMALL_DATA = ["normal short", "heavy tailed short"]
+WANTED = {("main", data, "adam", loss) for data in ("normal", "heavy tailed", "influenza", *SMALL_DATA) for loss in LOSSES} | {("small", data, optimizer, loss) for data in SMALL_DATA for optimizer in ("adam", "es", "ga") for loss in LOSSES}
+PLACES = {(where, matrix) for where in ("encoder", "decoder", "cross") for matrix in "QKVO"} | {(where, f"feed-forward {way}") for where in ("encoder", "decoder") for way in ("up", "down")}
+
+
+def forecasting_tables(folder): return {name: pd.read_csv(folder / f"forecasting_{name}.csv", comment="#") for name in ("errors", "spectra", "curves", "effects")}
+
+
+def of_settings(table, columns): return set(table[columns].itertuples(index=False, name=None))
+
+
+@pytest.mark.parametrize("file, count, seeds", [("forecasting", 80, 3), ("forecasting_epidemic", 8, 3), ("forecasting_published", 112, 5)])
+def test_the_sweeps_of_the_forecasting_paper_hold_what_can_be_run(file, count, seeds):
+    given = read_sweep(PAPERS / f"{file}.yaml")
+    every = combinations(given["parameters"])
+    assert len(every) == count and given["seeds"] == seeds
+    for one in every:
+        task, trainer = resolve({**one, "seed": 0}, others=set())
+        assert task.name == "forecast" and trainer.optimizer == one.get("optimizer", "adam")
+    settings = {(one["data"], one.get("optimizer", "adam"), one.get("n_heads"), one["loss"], one.get("sgt_q"), one.get("sgt_sigma")) for one in every}
+    assert len(settings) == count and {one[3:] for one in settings} == {("mse", None, None), ("mae", None, None), ("cauchy", None, None), ("sgt", 1.001, 15), *(("sgt", q, .707) for q in (5, 20, 75, 100))}
+
+
+def complete(tables, seeds):
+    """Every setting in every table, every place, and every seed."""
+    assert of_settings(tables["errors"], FORECASTING) == WANTED and set(tables["errors"]["n"]) == {seeds}
+    assert of_settings(tables["spectra"], FORECASTING) == WANTED and set(tables["spectra"]["n"]) <= {seeds} and of_settings(tables["spectra"], ["where", "matrix"]) == PLACES
+    assert of_settings(tables["curves"], ["data", "loss"]) == {(data, loss) for size, data, _, loss in WANTED if size == "main"}
+    assert tables["spectra"].query("metric == 'spectral_entropy'")[["value", "change", "beyond"]].notna().all(axis=None)
+
+
+def test_saved_tables_of_the_forecasting_paper_are_complete(): complete(forecasting_tables(PAPERS / "results"), 3)
+
+
+def test_saved_effects_follow_from_the_tables():
+    """Losses with an effect differ by more than their intervals are wide, as the table of spectra has them."""
+    tables = forecasting_tables(PAPERS / "results")
+    keys = ["size", "data", "optimizer", "metric", "where", "matrix"]
+    spread = tables["spectra"].groupby(keys)["value"].agg(lambda v: v.max() - v.min())
+    found = tables["effects"].set_index(keys)["spread"]
+    known = found[found.notna()].index
+    assert len(known) > 300 and ((spread[known] > 0) == (found[known] > 0)).all()
+    assert tables["effects"].dropna(subset="p").eval("`p corrected` >= p * .999").all()
+
+
+@pytest.fixture(scope="module")
+def reduced_forecasting(tmp_path_factory):
+    """Likewise of the forecasting paper."""
+    folder = tmp_path_factory.mktemp("reduced")
+    command = [sys.executable, "-m", "papermill", PAPERS / "forecasting.ipynb", folder / "out.ipynb", "-p", "reduced", "True", "-p", "tables_dir", folder / "tables", "--cwd", PAPERS]
+    done = subprocess.run([str(part) for part in command], cwd=TOP, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return folder / "tables", nbformat.read(folder / "out.ipynb", 4)
+
+
+def test_a_reduced_forecasting_sweep_has_every_setting(reduced_forecasting):
+    tables = forecasting_tables(reduced_forecasting[0])
+    complete(tables, 1)
+    assert tables["effects"]["p"].isna().all()  # one seed shows no effect
+
+
+def test_reduced_forecasting_figures_show_bounds_where_there_are_any(reduced_forecasting):
+    figures = [output.data["application/vnd.plotly.v1+json"] for cell in reduced_forecasting[1].cells for output in cell.get("outputs", []) if "application/vnd.plotly.v1+json" in output.get("data", {})]
+    bounds = [sum(trace.get("name") == "optimum (bound)" for trace in figure["data"]) for figure in figures]
+    tables = forecasting_tables(reduced_forecasting[0])
+    known = sum(tables["errors"].query("size == 'main'").groupby("data")[column].first().notna().sum() for column in tables["errors"] if column in ("valid/free_mae | bound", "valid/free_mse | bound", "valid/free_mae | exact", "valid/free_mse | exact"))
+    assert bounds[0] == known >= 4 and not any(bounds[1:])
