@@ -63,12 +63,16 @@ def _transform(law, x):
     return np.take_along_axis(roots, chosen[:, None], -1)[:, 0]
 
 # %% ../../nbs/spectra/free_convolution.ipynb #6299a7ac
-def _supported(law):
-    "Intervals between points where z(g) stands still and between which there is density"
+def _still(law):
+    "All z(g) at which it stands still, complex"
     p, q = law._parts
-    g = (Polynomial([0, 0, 1]) * (p.deriv() * q - p * q.deriv()) - q * q).roots()
-    g = g[np.abs(g.imag) < 1e-7 * np.abs(g)].real
-    ends = np.sort(law.inverse(g[g != 0]))
+    g = (Polynomial([0, 0, 1]) * (p.deriv() * q - p * q.deriv()) - q * q).roots().astype(complex)
+    return law.inverse(np.where(np.abs(g.imag) < 1e-7 * np.abs(g), g.real + 0j, g)[g != 0])
+
+def _supported(law):
+    "Intervals between real points where z(g) stands still and between which there is density"
+    still = _still(law)
+    ends = np.sort(still[still.imag == 0].real)
     filled = law.density((ends[1:] + ends[:-1]) / 2) > 1e-9 / law.variance**.5
     found = []
     for low, high, there in zip(ends[:-1], ends[1:], filled):
@@ -93,10 +97,20 @@ class Quadrature(NamedTuple):
     density:np.ndarray # [n]
     hilbert:np.ndarray # [n]
 
-def _chebyshev(law, nodes):
-    angle = np.arange(1, nodes + 1) * np.pi / (nodes + 1)
-    x = np.concatenate([(low + high) / 2 + (high - low) / 2 * np.cos(angle) for low, high in law.support])
-    width = np.concatenate([(high - low) / 2 * np.sin(angle) * np.pi / (nodes + 1) for low, high in law.support])
+def _pieces(law):
+    "The support, cut where the density is sharp: at complex points near it at which z(g) stands still"
+    still = _still(law)
+    for low, high in law.support:
+        near = still[(still.imag > 0) & (still.imag < .1 * (high - low)) & (still.real > low) & (still.real < high)].real
+        ends = np.unique([low, *near[np.minimum(near - low, high - near) > 1e-6 * (high - low)], high])
+        yield from zip(ends[:-1], ends[1:])
+
+def _integral(law, nodes):
+    angle, share = np.polynomial.legendre.leggauss(nodes)
+    angle, share = np.pi / 2 * (1 + angle), np.pi / 2 * share
+    pieces = list(_pieces(law))
+    x = np.concatenate([(low + high) / 2 - (high - low) / 2 * np.cos(angle) for low, high in pieces])
+    width = np.concatenate([(high - low) / 2 * np.sin(angle) * share for low, high in pieces])
     g = law.stieltjes(x)
     density = np.maximum(-g.imag / np.pi, 0)
     return Quadrature(x, width * density, density, g.real)
@@ -151,7 +165,7 @@ class FreeLaw:
     @property
     def atom(self) -> tuple[float, float]|None: return _atom(self) # Place and mass of the one that a matrix without full rank has
 
-    def quadrature(self, nodes:int=200) -> Quadrature: return _chebyshev(self, nodes) # So many in each interval of the support; an atom has to be added
+    def quadrature(self, nodes:int=200) -> Quadrature: return _integral(self, nodes) # So many in each piece of the support; an atom has to be added
 
 # %% ../../nbs/spectra/free_convolution.ipynb #164fea28
 def _positive(**values):

@@ -1,0 +1,69 @@
+"""Free convolution and what the theory of teacher and student takes from it, over many parameters."""
+import warnings
+
+import numpy as np
+import pytest
+
+from tformer_lab.spectra.free_convolution import FreeLaw, denoise, denoise_symmetric, denoising_error, product_law, semicircle_law, wishart_law
+from tformer_lab.theory.teacher_student import bayes_optimal_smse, recovery_threshold, untied_bounds
+
+
+@pytest.mark.parametrize("law", [wishart_law, product_law])
+@pytest.mark.parametrize("ratio", [.03, .3, 1., 3.])
+@pytest.mark.parametrize("noise", [1e-4, 1e-2, 1., 100.])
+def test_laws_have_their_moments_whatever_the_noise(law, ratio, noise):
+    sum_ = law(ratio) + semicircle_law(noise)
+    points = sum_.quadrature(400)
+    mean, variance = law(ratio).mean, law(ratio).variance + noise
+    assert points.weight.sum() == pytest.approx(1, abs=1e-5) and points.weight @ points.x == pytest.approx(mean, abs=1e-4 * max(1, variance**.5))
+    assert points.weight @ points.x**2 == pytest.approx(variance + mean**2, rel=1e-4)
+    assert points.weight @ (points.x * points.hilbert) == pytest.approx(.5, abs=1e-4)  # of any law
+    z = np.array([sum_.support[-1][1] + 1, sum_.support[0][0] - 1])
+    np.testing.assert_allclose(sum_.hilbert(z), [(points.weight / (one - points.x)).sum() for one in z], rtol=1e-5)
+
+
+@pytest.mark.parametrize("law", [wishart_law, product_law])
+def test_denoising_leaves_less_than_it_was_given(law):
+    for ratio in (.05, .5, 2.):
+        shares = np.array([denoising_error(law(ratio), s) / s for s in np.geomspace(1e-3, 1e3, 25)])
+        assert (np.diff(shares) < 0).all() and 0 < shares[-1] and shares[0] < 1
+        assert denoising_error(law(ratio), 1e5) == pytest.approx(law(ratio).variance, rel=1e-3)  # nothing is seen
+
+
+def test_denoising_turns_with_the_matrix():
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(40, 60))
+    u, v = (np.linalg.qr(rng.normal(size=(n, n)))[0] for n in x.shape)
+    np.testing.assert_allclose(denoise(u @ x @ v, .01), u @ denoise(x, .01) @ v, atol=1e-10)
+    np.testing.assert_allclose(denoise(x.T, .01), denoise(x, .01).T, atol=1e-12)
+    s = x @ x.T
+    np.testing.assert_allclose(denoise_symmetric(u @ s @ u.T, .01), u @ denoise_symmetric(s, .01) @ u.T, atol=1e-9)
+    np.testing.assert_allclose(denoise(x, 1e-14), x, atol=1e-10)
+
+
+@pytest.mark.parametrize("p, q", [((), (1.,)), ((0., 1.), (0., 1.)), ((0., np.nan), (1.,)), ((1.,), (1.,)), ((0., -1.), (1.,))])
+def test_what_is_no_law_is_refused(p, q):
+    with pytest.raises(ValueError): FreeLaw(p, q)
+
+
+def test_the_bayes_error_over_a_grid():
+    alphas, deltas = np.geomspace(.02, 2, 10), (0., .01, .5, 2.)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for rho in (.1, .5, 1., 2.):
+            best = np.array([bayes_optimal_smse(alphas, rho, delta) for delta in deltas])
+            assert (best >= 0).all() and (best <= 1).all() and (np.diff(best, axis=1) <= 1e-9).all() and (np.diff(best, axis=0) >= -1e-9).all()
+            assert ((best[0] == 0) == (alphas >= recovery_threshold(rho))).all() and (best[1:] > 0).all()
+
+
+def test_the_bracket_over_a_grid():
+    alphas = np.geomspace(.05, 2, 4)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for rho, delta in ((.2, 0.), (.2, .5), (2., .5)):
+            lower, upper, approximation = untied_bounds(alphas, rho, delta)
+            assert (lower <= approximation + 1e-7).all() and (approximation <= upper + 1e-7).all() and (upper <= 1).all() and (np.diff([lower, upper, approximation]) <= 1e-9).all()
+
+
+def test_more_tokens_are_more_measurements():
+    assert bayes_optimal_smse(.25, .5, .5, L=3) == pytest.approx(bayes_optimal_smse(.25 * 5 / 2, .5, .5, L=2), rel=1e-6)
