@@ -3,12 +3,13 @@ import lazy_loader
 
 __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
-    submodules=["analysis", "changes", "checkpoints", "decomposition", "history", "matrices", "metrics", "nulls", "percentiles", "random_matrix", "sources", "tails", "tracking"],
+    submodules=["analysis", "changes", "checkpoints", "decomposition", "free_convolution", "history", "matrices", "metrics", "nulls", "percentiles", "random_matrix", "sources", "tails", "tracking"],
     submod_attrs={
         "analysis": ["analyze"],
         "changes": ["gradient_matrices", "weight_difference"],
         "checkpoints": ["find_checkpoints", "from_checkpoints"],
         "decomposition": ["MatrixSpectrum", "read_spectra", "singular_values", "singular_vectors"],
+        "free_convolution": ["FreeLaw", "denoise", "denoise_symmetric", "denoising_error", "product_law", "semicircle_law", "wishart_law"],
         "history": ["SpectrumHistory", "SpectrumRecord"],
         "matrices": ["Product", "weight_matrices"],
         "metrics": ["condition_number", "decay_exponent", "decay_r2", "effective_rank", "entropy_rank", "frobenius_norm", "inverse_participation", "numerical_rank", "participation_ratio",
