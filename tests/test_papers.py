@@ -74,14 +74,16 @@ def test_curves_begin_where_nothing_is_learnt(where, request):
     for outputs in ("seen", "unseen"): assert (known[f"{outputs} excess"] - expected).abs().max() < 1e-3
 
 
-@pytest.fixture(scope="module")
-def reduced(tmp_path_factory):
-    """The notebook's tables and output, from a small sweep that it trains."""
-    folder = tmp_path_factory.mktemp("reduced")
-    command = [sys.executable, "-m", "papermill", PAPERS / "recall.ipynb", folder / "out.ipynb", "-p", "reduced", "True", "-p", "tables_dir", folder / "tables", "--cwd", PAPERS]
+def remade(paper, folder):
+    """A paper's tables and its notebook, from a small sweep that it trains."""
+    command = [sys.executable, "-m", "papermill", PAPERS / f"{paper}.ipynb", folder / "out.ipynb", "-p", "reduced", "True", "-p", "tables_dir", folder / "tables", "--cwd", PAPERS]
     done = subprocess.run([str(part) for part in command], cwd=TOP, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     return folder / "tables", nbformat.read(folder / "out.ipynb", 4)
+
+
+@pytest.fixture(scope="module")
+def reduced(tmp_path_factory): return remade("recall", tmp_path_factory.mktemp("reduced"))
 
 
 def test_a_reduced_sweep_has_every_model_noise_and_rate(reduced):
@@ -146,13 +148,7 @@ def test_saved_effects_follow_from_the_tables():
 
 
 @pytest.fixture(scope="module")
-def reduced_forecasting(tmp_path_factory):
-    """Likewise of the forecasting paper."""
-    folder = tmp_path_factory.mktemp("reduced")
-    command = [sys.executable, "-m", "papermill", PAPERS / "forecasting.ipynb", folder / "out.ipynb", "-p", "reduced", "True", "-p", "tables_dir", folder / "tables", "--cwd", PAPERS]
-    done = subprocess.run([str(part) for part in command], cwd=TOP, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return folder / "tables", nbformat.read(folder / "out.ipynb", 4)
+def reduced_forecasting(tmp_path_factory): return remade("forecasting", tmp_path_factory.mktemp("reduced"))
 
 
 def test_a_reduced_forecasting_sweep_has_every_setting(reduced_forecasting):

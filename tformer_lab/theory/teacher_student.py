@@ -5,7 +5,6 @@
 # %% ../../nbs/theory/teacher_student.ipynb #79576168
 from __future__ import annotations
 
-import math
 from typing import NamedTuple
 
 import numpy as np
@@ -46,11 +45,10 @@ _NODES = 100
 def _bayes(alpha, law, delta, count):
     "The error at one sample ratio, for a law of variance 1"
     if alpha == 0: return 1.
-    low, high = (delta / 2) / (2 * count * alpha), (1 + delta / 2) / (2 * count * alpha)
     excess = lambda s: (denoising_error(law, s, _NODES) + delta / 2) / (2 * count * s) - alpha
-    low = max(low, 1e-7 * high)
-    if excess(low) <= 0: return denoising_error(law, low, _NODES) if delta else 0.
-    return 2 * count * alpha * brentq(excess, low, high * (1 + 1e-9), xtol=1e-12 * high, rtol=1e-9) - delta / 2
+    high = (1 + delta / 2) / (2 * count * alpha)  # what an error of 1 would give
+    low = max(high * delta / (2 + delta), 1e-7 * high)  # an error of 0
+    return denoising_error(law, brentq(excess, low, high * (1 + 1e-9), xtol=1e-12 * high, rtol=1e-9), _NODES) if excess(low) > 0 else 0.
 
 def bayes_optimal_smse(
     alpha:float|np.ndarray, # Samples over D squared, 0 or more
