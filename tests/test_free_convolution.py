@@ -56,6 +56,12 @@ def test_the_bayes_error_over_a_grid():
             assert ((best[0] == 0) == (alphas >= recovery_threshold(rho))).all() and (best[1:] > 0).all()
 
 
+def test_the_bayes_error_of_labels_with_almost_no_noise():
+    for rho, delta in ((.5, 1e-9), (.1, 1e-8), (2., 1e-9)):
+        threshold = recovery_threshold(rho)
+        for alpha in (1.5 * threshold, 5 * threshold): assert bayes_optimal_smse(alpha, rho, delta) == pytest.approx(delta / 2 * threshold / (alpha - threshold), rel=.01)
+
+
 def test_the_bracket_over_a_grid():
     alphas = np.geomspace(.05, 2, 4)
     with warnings.catch_warnings():

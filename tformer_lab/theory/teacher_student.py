@@ -42,13 +42,14 @@ def recovery_threshold(
 
 _NODES = 100
 
-def _bayes(alpha, law, delta, count):
+def _bayes(alpha, law, delta, count, threshold):
     "The error at one sample ratio, for a law of variance 1"
     if alpha == 0: return 1.
     excess = lambda s: (denoising_error(law, s, _NODES) + delta / 2) / (2 * count * s) - alpha
     high = (1 + delta / 2) / (2 * count * alpha)  # what an error of 1 would give
     low = max(high * delta / (2 + delta), 1e-7 * high)  # an error of 0
-    return denoising_error(law, brentq(excess, low, high * (1 + 1e-9), xtol=1e-12 * high, rtol=1e-9), _NODES) if excess(low) > 0 else 0.
+    if excess(low) <= 0: return delta / 2 * threshold / (alpha - threshold)  # so far down F(s) / s is at its limit
+    return denoising_error(law, brentq(excess, low, high * (1 + 1e-9), xtol=1e-12 * high, rtol=1e-9), _NODES)
 
 def bayes_optimal_smse(
     alpha:float|np.ndarray, # Samples over D squared, 0 or more
@@ -59,7 +60,7 @@ def bayes_optimal_smse(
     "The error of the teacher's weights that no student can beat"
     ratios = _checked(alpha, rho_star, delta_in, L)
     law, count, threshold = wishart_law(rho_star), measurements(L), recovery_threshold(rho_star, L)
-    found = [0. if delta_in == 0 and ratio >= threshold else _bayes(ratio, law, delta_in, count) for ratio in ratios.ravel()]
+    found = [0. if delta_in == 0 and ratio >= threshold else _bayes(ratio, law, delta_in, count, threshold) for ratio in ratios.ravel()]
     return np.reshape(found, ratios.shape)[()]
 
 # %% ../../nbs/theory/teacher_student.ipynb #8e2e9afb
