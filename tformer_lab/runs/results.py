@@ -19,7 +19,7 @@ from ..storage import FileError
 if TYPE_CHECKING: import pandas as pd
 
 # %% auto #0
-__all__ = ['results', 'mean_interval', 'over_seeds', 'curves']
+__all__ = ['results', 'mean_interval', 'over_seeds', 'means_table', 'write_table', 'curves']
 
 # %% ../../nbs/runs/results.ipynb #129a823c
 def _parameters(config):
@@ -83,6 +83,8 @@ def mean_interval(
     return len(x), float(mean), float(mean - half), float(mean + half)
 
 # %% ../../nbs/runs/results.ipynb #6594d328
+def _settings(table, values): return [name for name in table if name not in {"run", "status", "seed", "seconds", *values} and "/" not in name]
+
 def over_seeds(
     table:pd.DataFrame, # As `results` gives it, or `curves`
     values:Iterable[str]|None=None, # Columns to average; None: all metrics and their excesses
@@ -92,10 +94,35 @@ def over_seeds(
     import pandas as pd
     values = [name for name in table if "/" in name] if values is None else list(values)
     if missing := [name for name in values if name not in table]: raise KeyError(f"there is no column {missing[0]!r}; there are {', '.join(map(str, table))}")
-    by = [name for name in table if name not in {"run", "status", "seed", "seconds", *values} and "/" not in name]
+    by = _settings(table, values)
     groups = table.groupby(by, dropna=False, sort=False) if by else [((), table)]
     rows = [(*key, name, *mean_interval(group[name], level)) for key, group in groups for name in values]
     return pd.DataFrame(rows, columns=[*by, "metric", "n", "mean", "low", "high"])
+
+# %% ../../nbs/runs/results.ipynb #6b1455a6
+def means_table(
+    table:pd.DataFrame, # As `results` gives it, or `curves`
+    values:Iterable[str], # Columns to average
+    level:float=.95, # Of confidence
+) -> pd.DataFrame: # the parameters, n, and for each value its mean and "value ±", NaN where there is one seed
+    "The mean over seeds and half its interval, side by side"
+    import pandas as pd
+    values, rows = list(values), []
+    by = _settings(table, values)
+    for key, group in table.groupby(by, dropna=False, sort=False):
+        found = {name: mean_interval(group[name], level) for name in values}
+        rows.append({**dict(zip(by, key)), "n": max(n for n, *_ in found.values()), **{column: number for name, (_, mean, low, high) in found.items() for column, number in ((name, mean), (f"{name} ±", (high - low) / 2))}})
+    return pd.DataFrame(rows, columns=[*by, "n", *(column for name in values for column in (name, f"{name} ±"))])
+
+def write_table(
+    path:str|Path, # A csv file; its folder is made
+    table:pd.DataFrame,
+    about:Iterable[str]=(), # Lines that say where it comes from, read over by `pd.read_csv(path, comment="#")`
+) -> None:
+    "Save a small table: numbers with four digits, half intervals with two"
+    rounded = table.assign(**{name: [float(f"{x:.{2 if name.endswith('±') else 4}g}") for x in table[name]] for name in table.columns[table.dtypes == float]})
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    Path(path).write_text("".join(f"# {line}\n" for line in about) + rounded.to_csv(index=False, lineterminator="\n", float_format="%.5g"), encoding="utf-8")
 
 # %% ../../nbs/runs/results.ipynb #5c49f94e
 def curves(
