@@ -328,6 +328,9 @@ def test_references_are_drawn_beside_the_optimum(tmp_path):
     record, = dashboard.about["records"]
     assert record["levels"] == [1.7, 1.2] and [trace["name"] for trace in record["figure"]["data"][1:]] == ["linear 1.7", "optimum 1.2 (exact)"]
     assert [list(trace.y) for trace in dashboard.figure("loss").data[1:]] == [[1.7] * 2, [1.2] * 2]
+    write_run(tmp_path / "more/mine", SPECTRA, SHAPES, STEPS, LOSSES, references=[{"metric": "train/loss", "value": value, "name": f"reference {value}"} for value in (1.7, 2.)])
+    layouts = [record["figure"]["layout"], opened(tmp_path / "more").about["records"][0]["figure"]["layout"]]
+    assert [layout["margin"]["t"] for layout in layouts] == [34, 54] and layouts[1]["height"] == layouts[0]["height"] + 20  # a second row of the legend
 
 
 def test_number_of_checkpoints_and_matrices_that_are_drawn_is_said(tmp_path):

@@ -16,8 +16,8 @@ from plotly.subplots import make_subplots
 # %% auto #0
 __all__ = ['COLORS', 'HEAT', 'GRID', 'REFERENCE', 'style', 'StepAxis', 'step_axis', 'shade', 'visible', 'drawn_ranks',
            'value_range', 'spectrum_traces', 'log_ticks', 'spectrum_axis', 'spectrum_figure', 'heatmap_figure',
-           'optimum_trace', 'reference_trace', 'curve_trace', 'curve_range', 'curve_figure', 'training_figure',
-           'scrub_figure']
+           'optimum_trace', 'reference_trace', 'curve_trace', 'curve_range', 'legend_room', 'curve_figure',
+           'training_figure', 'scrub_figure']
 
 # %% ../../nbs/dashboards/figures.ipynb #d1afd109
 COLORS = {"now": "#0072B2", "first": "#8C8C8C", "previous": "#E69F00", "optimum": "#D55E00", "cursor": "#CC79A7"}
@@ -221,6 +221,12 @@ def curve_range(
     return [float(values.min() - margin), float(values.max() + margin)]
 
 # %% ../../nbs/dashboards/figures.ipynb #17ba3ebf
+def legend_room(
+    lines:int, # Named in a legend above a panel
+) -> int: # Pixels
+    "What more than one row of it needs: two names fit beside each other"
+    return 20 * max(0, (lines - 1) // 2)
+
 def curve_figure(
     steps:Sequence[int], # [records]
     values:Sequence[float], # [records], NaN where it was not recorded
@@ -235,7 +241,8 @@ def curve_figure(
     axis = axis or step_axis(steps)
     references = [r for r in references if r["metric"] == name]
     lines = [*(reference_trace(r, axis) for r in references), *(optimum_trace(o, axis) for o in optimum if o["metric"] == name and o.get("position") is None)]
-    figure = style(go.Figure([curve_trace(steps, values, axis, name), *lines]), title=title)
+    figure = style(go.Figure([curve_trace(steps, values, axis, name), *lines]), 320 + legend_room(len(lines)), title)
+    figure.layout.margin.t += legend_room(len(lines))
     figure.update_yaxes(title={"text": escape(name), "standoff": 6}, range=curve_range([*values, *(r["value"] for r in references), *(o["value"] for o in optimum if o["metric"] == name)]))
     return shade(figure.update_xaxes(**axis.layout()), axis, unresolved)
 

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import plotly.graph_objects as go
 
-from .figures import HEAT, StepAxis, curve_figure, drawn_ranks, heatmap_figure, step_axis, visible
+from .figures import HEAT, StepAxis, curve_figure, drawn_ranks, heatmap_figure, legend_room, step_axis, visible
 from .panels import (ALIGNMENTS, CELL_POINTS, DRAWN_STEPS, LINES, OTHERS, SCALES, VIEWS, MatrixView, Noise, aligned, LEADING, bin_edges, cell_lines, cell_places, densities,
                                            drawn_places, grid_panel, loss_at, metric_panel, noise_of, spectrum_axes, spectrum_panel, thinned, trajectories_panel)
 from ..runs.store import Run
@@ -137,7 +137,9 @@ def last_step(
 def _record(training, name, axis):
     steps, values = training.records[name]
     kept = thinned(len(steps), DRAWN_RECORDS)
-    figure = curve_figure(steps[kept], values[kept], name, training.optimum, axis, None, references=training.references).update_layout(height=230, margin={"t": 34}, showlegend=True)
+    figure = curve_figure(steps[kept], values[kept], name, training.optimum, axis, None, references=training.references)
+    room = legend_room(len(figure.data) - 1)
+    figure.update_layout(height=230 + room, margin={"t": 34 + room}, showlegend=True)
     return {"name": name, "figure": template(figure), "levels": [float(trace.y[0]) for trace in figure.data[1:]],
             "steps": whole(steps[kept]), "values": floats(values[kept]), "drawn": len(kept), "of": len(steps)}
 
