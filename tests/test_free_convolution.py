@@ -41,6 +41,21 @@ def test_denoising_turns_with_the_matrix():
     np.testing.assert_allclose(denoise(x, 1e-14), x, atol=1e-10)
 
 
+@pytest.mark.parametrize("noise", [.1, 1., 5.])
+def test_gaussian_matrices_shrink_by_one_factor(noise):
+    """Of Gaussian entries in Gaussian noise the posterior mean is what is seen, over 1 + noise."""
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(200, 200))
+    symmetric = (x + x.T) * np.sqrt((1 + noise) / 400)  # 200 times the variance off the diagonal is 1 + noise
+    left = noise / (1 + noise)  # squared, of each entry of variance 1
+    assert np.square(denoise_symmetric(symmetric, noise / 200, semicircle_law(1 + noise)) - symmetric / (1 + noise)).sum() < .002 * left * 200
+    inside = np.linspace(-1.9, 1.9, 9) * (1 + noise)**.5
+    np.testing.assert_allclose(inside - 2 * noise * semicircle_law(1 + noise).hilbert(inside), inside / (1 + noise), rtol=1e-9)
+    for shape in ((200, 600), (600, 200), (300, 300)):
+        seen = rng.normal(size=shape) * np.sqrt(1 + noise)
+        assert np.square(denoise(seen, noise) - seen / (1 + noise)).mean() < .03 * left
+
+
 @pytest.mark.parametrize("p, q", [((), (1.,)), ((0., 1.), (0., 1.)), ((0., np.nan), (1.,)), ((1.,), (1.,)), ((0., -1.), (1.,))])
 def test_what_is_no_law_is_refused(p, q):
     with pytest.raises(ValueError): FreeLaw(p, q)
