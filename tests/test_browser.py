@@ -390,9 +390,10 @@ def test_click_on_a_cell_of_all_matrices_opens_that_matrix(page, kernel, runs):
         np.testing.assert_allclose(found["y"], wanted.y, atol=1e-5)
         np.testing.assert_allclose(found["x"], wanted.x, atol=1e-3)
     area = page.locator(".scrub-grid .plotly .nsewdrag").first
-    area.scroll_into_view_if_needed()
-    box = area.bounding_box()
     for layer, role in ((4, 2), (0, 3)):
+        rests(page)  # a panel above may still become higher
+        area.scroll_into_view_if_needed()
+        box = area.bounding_box()
         page.mouse.click(box["x"] + (layer + .5) / 6 * box["width"], box["y"] + (role + .5) / 4 * box["height"])
         wanted = f"encoder.{layer}.self_attn.{'qkvo'[role]}"
         page.wait_for_function(f"document.querySelector('.scrub-caption').innerText.startsWith('{wanted},')", timeout=30_000)

@@ -11,6 +11,8 @@ from tformer_lab.training.fit import fit
 
 pytestmark = pytest.mark.timeout(300)  # a deadlock has to end, too
 SCRIPT = """
+import gc
+import os
 import sys
 from pathlib import Path
 import torch.distributed
@@ -26,7 +28,10 @@ if __name__ == "__main__":
         sys.stdout.flush()
     stopped = Run(next(runs.iterdir()))
     fit(*resumed(stopped, time_limit=None), resume=stopped, progress=False)
-    torch.distributed.destroy_process_group()  # a process that ends while gloo's threads run may be aborted
+    gc.collect()
+    torch.distributed.destroy_process_group()
+    sys.stdout.flush()
+    os._exit(0)  # torch's gloo threads want the interpreter's lock while it is taken apart, and now and then abort the process: pytorch's pull request 179291
 """
 
 
