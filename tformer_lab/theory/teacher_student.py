@@ -10,57 +10,92 @@ from typing import NamedTuple
 import numpy as np
 from scipy.optimize import brentq
 
-from ..spectra.free_convolution import FreeLaw, denoising_error, product_law, wishart_law
+from ..data.teacher import Noise
+from ..models.attention_indexed import Output
+from ..spectra.free_convolution import FreeLaw, denoising_error, product_law, semicircle_law, wishart_law
 
 # %% auto #0
-__all__ = ['measurements', 'recovery_threshold', 'bayes_optimal_smse', 'UntiedBounds', 'untied_bounds']
+__all__ = ['measurements', 'measurement_noise', 'recovery_threshold', 'bayes_optimal_smse', 'UntiedBounds', 'untied_bounds']
 
 # %% ../../nbs/theory/teacher_student.ipynb #17ed9164
 def _checked(alpha, rho_star, delta_in, L):
     "Sample ratios as an array, or what is wrong"
     alpha = np.asarray(alpha, dtype=float)
     if not (np.isfinite(alpha).all() and (alpha >= 0).all()): raise ValueError(f"alpha is {alpha}: samples over D squared have to be 0 or more, and finite")
-    if not (np.isfinite(rho_star) and rho_star > 0): raise ValueError(f"rho_star is {rho_star}: the teacher's width over D has to be above 0, and finite")
+    if not rho_star > 0: raise ValueError(f"rho_star is {rho_star}: the teacher's width over D has to be above 0")
     if not (np.isfinite(delta_in) and delta_in >= 0): raise ValueError(f"delta_in is {delta_in}: the noise's variance has to be 0 or more, and finite")
     if isinstance(L, bool) or int(L) != L or L < 2: raise ValueError(f"L is {L}: attention needs a whole number of tokens, 2 or more")
     return alpha
 
 def measurements(
     L:int=2, # Tokens
+    output:Output="softmax", # Or identity: labels are the logits themselves
 ) -> int:
     "Independent measurements that a sample makes"
-    return L * (L + 1) // 2 - 1
+    return L * (L + 1) // 2 - (output == "softmax")
+
+def _softmax_noise(L):
+    "Of independent noise of variance 1 on the diagonal and a half beside it, in units of the measurements' signal"
+    pairs = [(a, b) for a in range(L) for b in range(a, L)]
+    rows = [(a, b) for a in range(L) for b in range(L) if a != b]
+    differences = np.array([[(pair == (a, a)) - (pair == (min(a, b), max(a, b))) for pair in pairs] for a, b in rows], dtype=float)
+    signal = differences * np.sqrt([2. if a == b else 1. for a, b in pairs])
+    noise = np.array([[(a == c) * (1 + (b == d) / 2) for c, d in rows] for a, b in rows])
+    return 1 / np.linalg.eigvalsh(signal.T @ np.linalg.solve(noise, signal))[1:]  # what all logits have in common is not seen
+
+def measurement_noise(
+    delta_in:float, # Variance of the noise in the labels' logits, on the diagonal
+    L:int=2, # Tokens
+    output:Output="softmax", # Or identity
+    noise:Noise="symmetric", # Or independent entries
+) -> np.ndarray: # [measurements]
+    "The variance of the noise of each measurement, where an error E of the weights has variance E"
+    count = measurements(L, output)
+    if noise == "symmetric": return np.full(count, delta_in / 2)
+    return delta_in * (_softmax_noise(L) if output == "softmax" else np.repeat([.5, .25], [L, count - L]))
 
 def recovery_threshold(
-    rho_star:float, # Width of the teacher over D
+    rho_star:float, # Width of the teacher over D; infinite: a symmetric Gaussian matrix
     L:int=2, # Tokens
+    output:Output="softmax", # Or identity
 ) -> float: # alpha
     "Samples over D squared from which on the teacher is found without error, if labels have no noise"
     _checked(0., rho_star, 0., L)
+    return _freedom(rho_star) / (2 * measurements(L, output))
+
+def _freedom(rho_star):
+    "The limit of F(s) / s where s is small: twice the degrees of freedom over D squared"
     width = min(rho_star, 1.)
-    return (2 * width - width**2) / (2 * measurements(L))
+    return 2 * width - width**2
 
 _NODES = 100
 
-def _bayes(alpha, law, delta, count, threshold):
+def _bayes(alpha, law, noises, freedom):
     "The error at one sample ratio, for a law of variance 1"
     if alpha == 0: return 1.
-    excess = lambda s: (denoising_error(law, s, _NODES) + delta / 2) / (2 * count * s) - alpha
-    high = (1 + delta / 2) / (2 * count * alpha)  # what an error of 1 would give
-    low = max(high * delta / (2 + delta), 1e-7 * high)  # an error of 0
-    if excess(low) <= 0: return delta / 2 * threshold / (alpha - threshold)  # so far down F(s) / s is at its limit
-    return denoising_error(law, brentq(excess, low, high * (1 + 1e-9), xtol=1e-12 * high, rtol=1e-9), _NODES)
+    F = lambda s: denoising_error(law, s, _NODES)
+    def ratio(s, error):
+        "The sample ratio at which an error leaves noise s on the weights"
+        parts = error + noises
+        return 1 / (2 * s * (1 / parts).sum()) if parts.all() else 0.
+    least, high = ratio(1., 0.) / alpha, ratio(1., 1.) / alpha  # what errors of 0 and 1 would give
+    low = max(least, 1e-7 * high)
+    if ratio(low, F(low)) <= alpha: return freedom * brentq(lambda s: ratio(s, freedom * s) - alpha, least, low * (1 + 1e-6), xtol=1e-12 * low, rtol=1e-9)  # so far down F(s) / s is at its limit
+    return F(brentq(lambda s: ratio(s, F(s)) - alpha, low, high * (1 + 1e-9), xtol=1e-12 * high, rtol=1e-9))
 
 def bayes_optimal_smse(
     alpha:float|np.ndarray, # Samples over D squared, 0 or more
-    rho_star:float, # Width of the teacher over D
+    rho_star:float, # Width of the teacher over D; infinite: a symmetric Gaussian matrix
     delta_in:float, # Variance of the noise in the labels' logits
     L:int=2, # Tokens
+    output:Output="softmax", # Or identity: labels are the logits themselves
+    noise:Noise="symmetric", # Or independent entries
 ) -> float|np.ndarray: # Squared Frobenius norm of the error over D, for large D
-    "The error of the teacher's weights that no student can beat"
+    "The error of a tied teacher's weights that no student can beat"
     ratios = _checked(alpha, rho_star, delta_in, L)
-    law, count, threshold = wishart_law(rho_star), measurements(L), recovery_threshold(rho_star, L)
-    found = [0. if delta_in == 0 and ratio >= threshold else _bayes(ratio, law, delta_in, count, threshold) for ratio in ratios.ravel()]
+    law = semicircle_law(1.) if np.isinf(rho_star) else wishart_law(rho_star)
+    noises, threshold = measurement_noise(delta_in, L, output, noise), recovery_threshold(rho_star, L, output)
+    found = [0. if delta_in == 0 and ratio >= threshold else _bayes(ratio, law, noises, _freedom(rho_star)) for ratio in ratios.ravel()]
     return np.reshape(found, ratios.shape)[()]
 
 # %% ../../nbs/theory/teacher_student.ipynb #8e2e9afb
@@ -106,5 +141,6 @@ def untied_bounds(
 ) -> UntiedBounds: # Squared Frobenius norms over D, for large D and two tokens
     "A bracket of the error that no student of an untied teacher can beat"
     ratios = _checked(alpha, rho_star, delta_in, 2)
+    if np.isinf(rho_star): raise ValueError("rho_star is infinite: an untied teacher has a width")
     found = np.array([_untied(ratio, rho_star, delta_in) for ratio in ratios.ravel()]).T.reshape(3, *ratios.shape)
     return UntiedBounds(*(part[()] for part in found))

@@ -36,9 +36,9 @@ from .parameters import OWN, ParameterError, Trainer, build, check_names, did_yo
 
 # %% auto #0
 __all__ = ['POPULATION_SIZE', 'POPULATION_STREAM', 'log_spaced', 'spaced', 'map_batch', 'Batches', 'StopRequest', 'MetricsLog',
-           'make_accelerator', 'default_threads', 'Patience', 'make_patience', 'population_size', 'Descent', 'Session',
-           'Loop', 'own_label', 'label', 'describe', 'announce', 'resumed', 'check_same', 'check_tracking', 'fit',
-           'trained', 'Job', 'prepare']
+           'make_accelerator', 'default_threads', 'Patience', 'make_patience', 'check_task', 'population_size',
+           'Descent', 'Session', 'Loop', 'own_label', 'label', 'describe', 'announce', 'resumed', 'check_same',
+           'check_tracking', 'fit', 'trained', 'Job', 'prepare']
 
 # %% ../../nbs/training/fit.ipynb #9e989a88
 def log_spaced(
@@ -97,6 +97,7 @@ class Batches:
     ) -> tuple: # This process's part
         "The batch of a step"
         if self.data is None: whole = self.task.batch(self.trainer.batch_size, self._rng)
+        elif self.per_epoch == 1: whole = self.data
         else: whole = map_batch(lambda t, i=self._indices(step): t[i], self.data)
         return whole if self.slice.step == 1 else map_batch(lambda t: t[self.slice], whole)
 
@@ -225,6 +226,14 @@ def make_patience(
     if trainer.patience and metric is None: raise ParameterError(f"patience = {trainer.patience}: {task.name} has no metric that it selects by")
     return Patience(trainer.patience, metric)
 
+def check_task(
+    task:Task,
+    trainer:Trainer,
+) -> None: # Raises ParameterError
+    "Ask a task that looks at how it is to be trained whether it can be"
+    try: getattr(task, "check_trainer", lambda trainer: None)(trainer)
+    except ValueError as error: raise ParameterError(str(error)) from None
+
 def population_size(
     task:Task,
     trainer:Trainer,
@@ -271,6 +280,7 @@ class Session:
     "Model, method, batches and random state of one training"
     def __init__(self, task:Task, trainer:Trainer):
         self.task, self.trainer = task, trainer
+        check_task(task, trainer)
         self.accelerator = make_accelerator(trainer)
         self.rank, self.processes = self.accelerator.process_index, self.accelerator.num_processes
         self.patience = make_patience(task, trainer)
@@ -280,6 +290,7 @@ class Session:
         if trainer.precision == "float64": model = model.double()
         if not weight_matrices(model): raise ValueError(f"{type(model).__name__} has no 2-D weights whose spectra could be recorded")
         self.threads = trainer.threads or default_threads(model)
+        self._moved = None, None
         self.model, self.method = self._prepare(model)
         self.bare = model  # without what `prepare` puts around it; the accelerator's unwrap_model imports torch's compiler
         torch.manual_seed(trainer.seed + self.rank)
@@ -289,7 +300,7 @@ class Session:
     def _prepare(self, model):
         name = self.trainer.optimizer
         if name not in ALGORITHMS:
-            model, optimizer = self.accelerator.prepare(model, make_optimizer(name, model.parameters(), self.trainer.lr))
+            model, optimizer = self.accelerator.prepare(model, make_optimizer(name, model.parameters(), self.trainer.lr, **({"eps": self.trainer.adam_eps} if self.trainer.adam_eps is not None else {})))
             return model, Descent(self.accelerator, optimizer)
         if self.processes > 1: raise ParameterError(f"optimizer = {name!r}: it trains in one process, and these are {self.processes}")
         prepared = self.accelerator.prepare(model)
@@ -309,8 +320,17 @@ class Session:
         self.method.step(loss, self._batch)
 
     def _to_device(self, batch):
+        if batch is not self._moved[0]: self._moved = batch, self._move(batch)  # a training set that is one batch is moved once
+        return self._moved[1]
+
+    def _move(self, batch):
         double = self.trainer.precision == "float64"
         return map_batch(lambda t: t.to(self.accelerator.device, torch.float64 if double and t.is_floating_point() else t.dtype), batch)
+
+    def finished(self) -> bool:
+        "Has the task what it wants, before the last step?"
+        own = getattr(self.task, "finished", None)
+        return own is not None and self.anyone(own(self.bare))
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, Any]:
@@ -367,7 +387,7 @@ class Loop:
         stop:StopRequest,
         progress:bool, # Show a bar?
     ):
-        self.session, self.writer, self.stop, self.trainer = session, writer, stop, session.trainer
+        self.session, self.writer, self.stop, self.trainer, self.why = session, writer, stop, session.trainer, None
         self.recorded = set(spaced(self.trainer.steps, self.trainer.checkpoints, self.trainer.spacing))
         self.evaluated = self.recorded | self._evaluation_steps()
         self.log, self._saved = MetricsLog(self._write), time.monotonic()
@@ -383,9 +403,20 @@ class Loop:
         if patience.evaluations is None or not self.session.anyone(patience.ends(metrics)):
             if patience.count(metrics) and self.writer is not None: self.writer.save_best(step, self.session.bare.state_dict())
             return False
+        self.why = f"no better {patience.metric} than {patience.best:.4g} in {patience.evaluations} evaluations"
+        return self._last(step)
+
+    def _last(self, step):
+        "This is the last step: it is recorded like one"
         if step not in self.recorded: self.record(step)
         self.save(step)  # without this evaluation, which is made again by a session that goes on from here
         return True
+
+    def _finishes(self, step):
+        "Has the task what it wants?"
+        if step == self.trainer.steps or not self.session.finished(): return False
+        self.why = f"{self.session.task.name} has finished"
+        return self._last(step)
 
     def _write(self, rows):
         if self.writer is None: return
@@ -428,8 +459,9 @@ class Loop:
             if step in self.recorded: self.record(step)
             if self._is_late(step) or stopping: self.save(step)
             if stopping: return self.stop.reason or "another process was stopped"
-            metrics = self.session.evaluate() if step in self.evaluated else {}
-            ended = step == last or bool(metrics) and self._ends(step, metrics)
+            finished = self._finishes(step)
+            metrics = self.session.evaluate() if step in self.evaluated or finished else {}
+            ended = step == last or finished or bool(metrics) and self._ends(step, metrics)
             with torch.set_grad_enabled(not ended and self.session.method.follows_gradient): loss = self.session.loss(step)
             self.log.add(step, {"train/loss": self.session.mean(loss.detach()), **metrics})
             if ended: break
@@ -537,19 +569,17 @@ def fit(
 def _fit(session, stop, runs_dir, name, resume, progress, tracking, notebook):
     torch.set_num_threads(resume.config.get("threads", session.threads) if resume else session.threads)
     if resume: session.settle(resume.config)
-    if session.rank: return None, _go_on(session, None, stop, resume, progress)
+    if session.rank: return None, Loop(session, None, stop, progress).run(_restore(session, None, resume) if resume else 0)
     run = resume or Run.create(Path(runs_dir or default_runs_dir()) / (name or unique_name(label(session.task, session.trainer))), describe(session))
     if progress: print(announce(session, run.path))
     with tracked(run, notebook) if tracking else nullcontext(), RunWriter(run) as writer:
-        reason = _go_on(session, writer, stop, resume, progress)
+        loop = Loop(session, writer, stop, progress)
+        reason = loop.run(_restore(session, writer, resume) if resume else 0)
         if reason:
             writer.close("stopped", reason)
             if progress: print(f"stopped by {reason} at step {writer.step}; {shown(run.path)} can be resumed")
-        elif progress and writer.step < session.trainer.steps: print(f"ended at step {writer.step}: no better {session.patience.metric} than {session.patience.best:.4g} in {session.patience.evaluations} evaluations")
+        elif progress and loop.why: print(f"ended at step {writer.step}: {loop.why}")
     return run, reason
-
-def _go_on(session, writer, stop, resume, progress):
-    return Loop(session, writer, stop, progress).run(_restore(session, writer, resume) if resume else 0)
 
 def _restore(session, writer, run):
     "Go back to the saved state, or where there is none to the beginning; the step to go on from"

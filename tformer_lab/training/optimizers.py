@@ -59,7 +59,8 @@ def make_optimizer(
     name:str, # A key of OPTIMIZERS
     params:Iterable, # Parameters
     lr:float, # Learning rate
+    **own, # What only this one has, as `eps` of adam
 ) -> torch.optim.Optimizer:
     "An optimizer by its name"
     if name not in OPTIMIZERS: raise ValueError(f"there is no optimizer {name!r}; there are {', '.join(OPTIMIZERS)}")
-    return OPTIMIZERS[name](params, lr=lr)
+    return OPTIMIZERS[name](params, lr=lr, **own)

@@ -24,8 +24,12 @@ __all__ = ['OWN', 'Trainer', 'ParameterError', 'did_you_mean', 'build', 'check_n
 OWN:dict[str, dict[str, Any]] = {  # what one kind of optimizer has and others have not, with its default
     "es": {"lr": .05, "candidates": 256, "candidates_at_once": None, "es_sigma": .15},
     "ga": {"candidates": 300, "candidates_at_once": None, "ga_tournament": 3, "ga_eta": 15., "ga_mutation": .05}}
-_GRADIENT = {"lr": 1e-3}  # of all the others
-_SPECIAL = dict.fromkeys(name for own in (_GRADIENT, *OWN.values()) for name in own)
+_GRADIENT, _ADAM = {"lr": 1e-3}, {"adam_eps": 1e-8}  # of all the others, and what two of them have besides
+_SPECIAL = dict.fromkeys(name for own in (_GRADIENT, _ADAM, *OWN.values()) for name in own)
+
+def _own(optimizer):
+    "What an optimizer has and some others have not, with its default"
+    return {**OWN.get(optimizer, _GRADIENT), **(_ADAM if optimizer in ("adam", "adamw") else {})}
 
 @dataclass(config=ConfigDict(extra="forbid"), frozen=True, kw_only=True)
 class Trainer:
@@ -36,6 +40,7 @@ class Trainer:
     population_size:int|None = Field(None, ge=1) # With samples: fresh examples that measure the population loss; None: the task's own number, else 20480
     optimizer:Literal["normalized_gd", "sgd", "adam", "adamw", "es", "ga"] = "adam"
     lr:float|None = Field(None, gt=0, allow_inf_nan=False) # Learning rate; None: 0.001, of es 0.05; ga has none
+    adam_eps:float|None = Field(None, gt=0, allow_inf_nan=False) # adam, adamw: added to the root of the mean squared gradient; None: 1e-8
     seed:int = Field(0, ge=0, lt=2**32) # Of the initial weights, the batches and their order
     checkpoints:int = Field(50, ge=1) # Steps at which spectra are recorded, the last among them; step 0 comes on top
     evaluations:int|None = Field(None, ge=1) # Steps at which the task's evaluation is recorded; None: all, or the ends of epochs
@@ -57,7 +62,7 @@ class Trainer:
     @model_validator(mode="after")
     def _fits(self):
         if self.population_size and not self.samples: raise ValueError("population_size is for a finite training set: give samples, too")
-        own = OWN.get(self.optimizer, _GRADIENT)
+        own = _own(self.optimizer)
         for name in _SPECIAL:
             if name in own and getattr(self, name) is None: object.__setattr__(self, name, own[name])
             if name not in own and getattr(self, name) is not None: raise ValueError(f"{name} is for {_takers(name)}, not for {self.optimizer}")
@@ -65,7 +70,7 @@ class Trainer:
 
 def _takers(name):
     "The optimizers that have a parameter, in words"
-    return " and ".join([*(["optimizers that follow a gradient"] if name in _GRADIENT else []), *(f"optimizer = {kind!r}" for kind, own in OWN.items() if name in own)])
+    return " and ".join([*(["optimizers that follow a gradient"] if name in _GRADIENT else []), *(f"optimizer = {kind!r}" for kind, own in {"adam": _ADAM, "adamw": _ADAM, **OWN}.items() if name in own)])
 
 # %% ../../nbs/training/parameters.ipynb #af19e2ae
 class ParameterError(ValueError):
@@ -139,8 +144,9 @@ def trainer_for(
     "A trainer with the defaults of a task, and what is given instead"
     check_names(given, field_names(Trainer))
     usual = dict(getattr(task, "defaults", {}))
-    kinds = [OWN.get(name, _GRADIENT) for name in (given.get("optimizer") or usual.get("optimizer"), usual.get("optimizer"))]
-    if kinds[0] is not kinds[1]: usual = {name: value for name, value in usual.items() if name not in kinds[1]}  # they were for its own kind of optimizer
+    optimizer = given.get("optimizer") or usual.get("optimizer")
+    if OWN.get(optimizer) is not OWN.get(usual.get("optimizer")): usual = {name: value for name, value in usual.items() if name not in _SPECIAL}  # they were for its own kind of optimizer
+    usual = {name: value for name, value in usual.items() if name in _own(optimizer) or name not in _SPECIAL}
     return build(Trainer, {**usual, **given})
 
 def resolve(
