@@ -9,6 +9,7 @@ from functools import cached_property
 from typing import ClassVar, Literal
 
 import numpy as np
+import pandas as pd
 import torch
 from pydantic import ConfigDict, Field, model_validator
 from pydantic.dataclasses import dataclass
@@ -16,11 +17,13 @@ from torch import Tensor, nn
 
 from ..data.teacher import Noise, TeacherSamples, draw_teachers, teacher_samples
 from ..models.attention_indexed import CENTERED, SQUARE, AttentionIndexed, Form, Output, compared_matrix, index_matrix, squared_label_error
+from ..runs.store import Run
 from .task import Optimum, Reference
 from ..theory.teacher_student import bayes_optimal_smse, untied_bounds
+from ..training.fit import Batches, map_batch, resumed, trained
 
 # %% auto #0
-__all__ = ['TEST_STREAM', 'Students', 'TeacherStudent']
+__all__ = ['TEST_STREAM', 'Students', 'TeacherStudent', 'student_table']
 
 # %% ../../nbs/tasks/teacher_student.ipynb #d64bb722
 class Students(nn.Module):
@@ -117,6 +120,7 @@ class TeacherStudent:
     def check_trainer(self, trainer) -> None: # Raises ValueError
         "Refuse what would make it another experiment"
         if trainer.samples != self.samples: raise ValueError(f"samples = {trainer.samples}: with sample_ratio = {self.sample_ratio:g} and d_model = {self.d_model} there are {self.samples}; set sample_ratio")
+        if not trainer.optimizer.startswith(("adam", "sgd", "normalized")): raise ValueError(f"optimizer = {trainer.optimizer!r}: students follow a gradient")
         if torch.distributed.is_available() and torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1: raise ValueError("teacher_student trains all its students in one process")
 
     @cached_property
@@ -196,3 +200,14 @@ class TeacherStudent:
 
     @property
     def _bracketed(self): return self.form == "untied" and self.length == 2 and self.output == "softmax" and self.label_noise == "symmetric"
+
+# %% ../../nbs/tasks/teacher_student.ipynb #3c828036
+def student_table(
+    run:Run,
+) -> pd.DataFrame: # A row a student: "student", the metrics, "train/data_loss" and "train/regularizer"
+    "What each student of a run has reached"
+    task, trainer = resumed(run, TeacherStudent)
+    model = trained(run, TeacherStudent)
+    model.data = map_batch(lambda t: t.to(next(model.parameters()).dtype), Batches(task, trainer).data)
+    with torch.no_grad(): found = {**task.student_errors(model), "train/regularizer": task.regularizer(model.students.weights()) / task.d_model**2}
+    return pd.DataFrame({"student": range(task.students), **{name: value.double().numpy() for name, value in found.items()}})
