@@ -97,18 +97,19 @@ class Quadrature(NamedTuple):
     density:np.ndarray # [n]
     hilbert:np.ndarray # [n]
 
-def _pieces(law):
+def _pieces(law, cuts=()):
     "The support, cut where the density is sharp: at complex points near it at which z(g) stands still"
     still = _still(law)
     for low, high in law.support:
         near = still[(still.imag > 0) & (still.imag < .1 * (high - low)) & (still.real > low) & (still.real < high)].real
+        near = np.r_[near, cuts]
         ends = np.unique([low, *near[np.minimum(near - low, high - near) > 1e-6 * (high - low)], high])
         yield from zip(ends[:-1], ends[1:])
 
-def _integral(law, nodes):
+def _integral(law, nodes, cuts):
     angle, share = np.polynomial.legendre.leggauss(nodes)
     angle, share = np.pi / 2 * (1 + angle), np.pi / 2 * share
-    pieces = list(_pieces(law))
+    pieces = list(_pieces(law, cuts))
     x = np.concatenate([(low + high) / 2 - (high - low) / 2 * np.cos(angle) for low, high in pieces])
     width = np.concatenate([(high - low) / 2 * np.sin(angle) * share for low, high in pieces])
     g = law.stieltjes(x)
@@ -165,7 +166,12 @@ class FreeLaw:
     @property
     def atom(self) -> tuple[float, float]|None: return _atom(self) # Place and mass of the one that a matrix without full rank has
 
-    def quadrature(self, nodes:int=200) -> Quadrature: return _integral(self, nodes) # So many in each piece of the support; an atom has to be added
+    def quadrature(self,
+        nodes:int=200, # In each piece of the support
+        cuts:tuple[float, ...]=(), # Where an integrand has kinks: a piece is cut in two there
+    ) -> Quadrature: # An atom has to be added
+        "Points for integrals"
+        return _integral(self, nodes, cuts)
 
 # %% ../../nbs/spectra/free_convolution.ipynb #164fea28
 def _positive(**values):
