@@ -73,7 +73,10 @@ def _supported(law):
     "Intervals between real points where z(g) stands still and between which there is density"
     still = _still(law)
     ends = np.sort(still[still.imag == 0].real)
-    filled = law.density((ends[1:] + ends[:-1]) / 2) > 1e-9 / law.variance**.5
+    middle = (ends[1:] + ends[:-1]) / 2
+    roots = _roots(_equation(law, middle))
+    filled = (roots.imag < -1e-9 * np.abs(roots)).any(-1)  # where all roots are real there is none
+    filled[filled] = law.density(middle[filled]) > 1e-9 / law.variance**.5
     found = []
     for low, high, there in zip(ends[:-1], ends[1:], filled):
         if there and found and found[-1][1] == low: found[-1] = (found[-1][0], high)

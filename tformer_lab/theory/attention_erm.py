@@ -15,6 +15,7 @@ from scipy.optimize import brentq
 from scipy.special import expit
 
 from ..spectra.free_convolution import FreeLaw, semicircle_law, wishart_law
+from .teacher_student import sigmoid_nodes
 
 # %% auto #0
 __all__ = ['ThresholdedLaw', 'ErmPrediction', 'erm_tied_smse', 'Plateau', 'erm_plateau']
@@ -217,17 +218,10 @@ def _steady(samples, x, rho_star, lam, tolerance):
         x = again[0]
 
 # %% ../../nbs/theory/attention_erm.ipynb #8f1f4596
-def _normal(scale):
-    "Points and weights of a mean over the standard normal law, for functions of a sigmoid that is so steep"
-    step = min(.3, .75 / scale)
-    x = step * np.arange(-np.ceil(8.5 / step), np.ceil(8.5 / step) + 1)
-    weight = np.exp(-x**2 / 2)
-    return x, weight / weight.sum()
-
 def _at_zero(alpha, rho_star, delta, beta):
     "Conjugates and the loss for a student that is zero"
     size = beta * (3 * (1 + rho_star + delta / 2))**.5
-    z, weight = _normal(size)
+    z, weight = sigmoid_nodes(size)
     first, second = expit(size * z)[:, None] - .5, expit(size * (z[:, None] + 8**.5 * z) / 3) - .5
     mean = lambda values: alpha * float(weight @ values @ weight)
     return _Answer(6 * beta**2 * mean(.25 - first**2 + 0 * second), beta**2 * mean(3 * first**2 + 3 * second**2 + 2 * first * second), 1.5 * alpha * beta**2, 4 * mean(first**2 + 0 * second), 0.)
@@ -317,7 +311,7 @@ def erm_plateau(
     "The error that no number of samples goes below, with a ridge that does not matter any more"
     _checked(rho_star, delta_in, beta, L)
     size, noise = beta * (3 * (1 + rho_star))**.5, beta * (1.5 * delta_in)**.5
-    (t, weight), (n, noise_weight) = _normal(size), _normal(max(noise, 1e-9))
+    (t, weight), (n, noise_weight) = sigmoid_nodes(size), sigmoid_nodes(noise)
     t = size * t
     label = expit(t[:, None] + noise * n) @ noise_weight
     slope = lambda c: weight @ ((expit(c * t) - label) * expit(c * t) * expit(-c * t) * t)
