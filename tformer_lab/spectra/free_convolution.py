@@ -73,7 +73,10 @@ def _supported(law):
     "Intervals between real points where z(g) stands still and between which there is density"
     still = _still(law)
     ends = np.sort(still[still.imag == 0].real)
-    filled = law.density((ends[1:] + ends[:-1]) / 2) > 1e-9 / law.variance**.5
+    middle = (ends[1:] + ends[:-1]) / 2
+    roots = _roots(_equation(law, middle))
+    filled = (roots.imag < -1e-9 * np.abs(roots)).any(-1)  # where all roots are real there is none
+    filled[filled] = law.density(middle[filled]) > 1e-9 / law.variance**.5
     found = []
     for low, high, there in zip(ends[:-1], ends[1:], filled):
         if there and found and found[-1][1] == low: found[-1] = (found[-1][0], high)
@@ -97,18 +100,19 @@ class Quadrature(NamedTuple):
     density:np.ndarray # [n]
     hilbert:np.ndarray # [n]
 
-def _pieces(law):
+def _pieces(law, cuts=()):
     "The support, cut where the density is sharp: at complex points near it at which z(g) stands still"
     still = _still(law)
     for low, high in law.support:
         near = still[(still.imag > 0) & (still.imag < .1 * (high - low)) & (still.real > low) & (still.real < high)].real
+        near = np.r_[near, cuts]
         ends = np.unique([low, *near[np.minimum(near - low, high - near) > 1e-6 * (high - low)], high])
         yield from zip(ends[:-1], ends[1:])
 
-def _integral(law, nodes):
+def _integral(law, nodes, cuts):
     angle, share = np.polynomial.legendre.leggauss(nodes)
     angle, share = np.pi / 2 * (1 + angle), np.pi / 2 * share
-    pieces = list(_pieces(law))
+    pieces = list(_pieces(law, cuts))
     x = np.concatenate([(low + high) / 2 - (high - low) / 2 * np.cos(angle) for low, high in pieces])
     width = np.concatenate([(high - low) / 2 * np.sin(angle) * share for low, high in pieces])
     g = law.stieltjes(x)
@@ -165,7 +169,12 @@ class FreeLaw:
     @property
     def atom(self) -> tuple[float, float]|None: return _atom(self) # Place and mass of the one that a matrix without full rank has
 
-    def quadrature(self, nodes:int=200) -> Quadrature: return _integral(self, nodes) # So many in each piece of the support; an atom has to be added
+    def quadrature(self,
+        nodes:int=200, # In each piece of the support
+        cuts:tuple[float, ...]=(), # Where an integrand has kinks: a piece is cut in two there
+    ) -> Quadrature: # An atom has to be added
+        "Points for integrals"
+        return _integral(self, nodes, cuts)
 
 # %% ../../nbs/spectra/free_convolution.ipynb #164fea28
 def _positive(**values):

@@ -9,13 +9,15 @@ from typing import NamedTuple
 
 import numpy as np
 from scipy.optimize import brentq
+from scipy.special import expit
 
 from ..data.teacher import Noise
 from ..models.attention_indexed import Output
 from ..spectra.free_convolution import FreeLaw, denoising_error, product_law, semicircle_law, wishart_law
 
 # %% auto #0
-__all__ = ['measurements', 'measurement_noise', 'recovery_threshold', 'bayes_optimal_smse', 'UntiedBounds', 'untied_bounds']
+__all__ = ['measurements', 'measurement_noise', 'recovery_threshold', 'bayes_optimal_smse', 'UntiedBounds', 'untied_bounds',
+           'sigmoid_nodes', 'label_error', 'bayes_label_error']
 
 # %% ../../nbs/theory/teacher_student.ipynb #17ed9164
 def _checked(alpha, rho_star, delta_in, L):
@@ -144,3 +146,55 @@ def untied_bounds(
     if np.isinf(rho_star): raise ValueError("rho_star is infinite: an untied teacher has a width")
     found = np.array([_untied(ratio, rho_star, delta_in) for ratio in ratios.ravel()]).T.reshape(3, *ratios.shape)
     return UntiedBounds(*(part[()] for part in found))
+
+# %% ../../nbs/theory/teacher_student.ipynb #768ff1e2
+def sigmoid_nodes(
+    steepness:float, # Largest slope of the sigmoid's argument
+) -> tuple[np.ndarray, np.ndarray]: # Points and their weights
+    "For means over the standard normal law of functions of a sigmoid: evenly spaced, so many that they are exact in float64"
+    if steepness > 200: raise ValueError(f"beta times the logits' standard deviation is {steepness:.3g}: more than 200 is a step, not a sigmoid")
+    step = min(.3, .75 / max(steepness, 1e-9))
+    x = step * np.arange(-np.ceil(8.5 / step), np.ceil(8.5 / step) + 1)
+    weight = np.exp(-x**2 / 2)
+    return x, weight / weight.sum()
+
+def _two_tokens(L, beta, **sizes):
+    if L != 2: raise ValueError(f"L is {L}: errors of labels are known for two tokens, L=2, alone")
+    if not (np.isfinite(beta) and beta > 0): raise ValueError(f"beta is {beta}: the softmax's factor has to be above 0, and finite")
+    for name, size in sizes.items():
+        if not (np.isfinite(size) and size >= 0): raise ValueError(f"{name} is {size}: it has to be 0 or more, and finite")
+
+def label_error(
+    m:float, # Tr S S* / D
+    q:float, # Squared Frobenius norm of the student's S over D
+    Q0:float, # That of the teacher's: 1 + rho_star where it is tied
+    delta_in:float, # Variance of the noise in the labels' logits
+    beta:float=1., # Factor of the logits in the softmax
+    noisy:bool=True, # Against labels with their noise, or without
+    L:int=2, # Tokens: 2
+) -> float: # Of a sample, the sum over its label's entries
+    "Squared error of a student's fresh labels"
+    _two_tokens(L, beta, q=q, Q0=Q0, delta_in=delta_in)
+    if not m**2 <= q * Q0 * (1 + 1e-9): raise ValueError(f"m is {m}: with q = {q:.4g} and Q0 = {Q0:.4g} it cannot be more than {(q * Q0)**.5:.4g} in size")
+    power = Q0 + delta_in / 2 if noisy else Q0
+    along = m / power**.5 if power else 0.
+    own, other = beta * (3 * power)**.5, beta * (3 * max(q - along**2, 0.))**.5
+    (u, weight), (z, rest) = sigmoid_nodes(max(own, beta * 3**.5 * abs(along))), sigmoid_nodes(other)
+    apart = expit(beta * 3**.5 * along * u[:, None] + other * z) - expit(own * u)[:, None]
+    return 4 * float(weight @ apart**2 @ rest)
+
+def bayes_label_error(
+    E:float, # Error of S that is left: bayes_optimal_smse
+    Q0:float, # Squared Frobenius norm of the teacher's S over D: 1 + rho_star where it is tied
+    delta_in:float, # Variance of the noise in the labels' logits
+    beta:float=1., # Factor of the logits in the softmax
+    noisy:bool=True, # Against labels with their noise, or without
+    L:int=2, # Tokens: 2
+) -> float: # Of a sample, the sum over its label's entries
+    "Squared error of fresh labels that nobody can beat, whose error of S is left"
+    _two_tokens(L, beta, E=E, Q0=Q0, delta_in=delta_in)
+    if E > Q0: raise ValueError(f"E is {E}: no more than Q0 = {Q0:.4g} can be left")
+    known, left = beta * (3 * (Q0 - E))**.5, beta * (3 * (E + (delta_in / 2 if noisy else 0.)))**.5
+    (u, weight), (z, rest) = sigmoid_nodes(max(known, left)), sigmoid_nodes(left)
+    label = expit(known * u[:, None] + left * z)
+    return 4 * float(weight @ ((label - (label @ rest)[:, None])**2 @ rest))
