@@ -5,8 +5,8 @@
 # %% ../../nbs/tasks/teacher_student.ipynb #b455dc59
 from __future__ import annotations
 
-from functools import cached_property
-from typing import ClassVar, Literal
+from functools import cached_property, lru_cache
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 import numpy as np
 import pandas as pd
@@ -19,11 +19,14 @@ from ..data.teacher import Noise, TeacherSamples, draw_teachers, teacher_samples
 from ..models.attention_indexed import CENTERED, SQUARE, AttentionIndexed, Form, Output, compared_matrix, index_matrix, squared_label_error
 from ..runs.store import Run
 from .task import Optimum, Reference
-from ..theory.teacher_student import bayes_optimal_smse, untied_bounds
+from ..theory.attention_erm import ErmPrediction, erm_tied_smse
+from ..theory.teacher_student import bayes_label_error, bayes_optimal_smse, label_error, untied_bounds
 from ..training.fit import Batches, map_batch, resumed, trained
 
+if TYPE_CHECKING: import plotly.graph_objects as go
+
 # %% auto #0
-__all__ = ['TEST_STREAM', 'Students', 'TeacherStudent', 'student_table']
+__all__ = ['TEST_STREAM', 'Students', 'TeacherStudent', 'matrix_spectra', 'student_figure', 'student_table']
 
 # %% ../../nbs/tasks/teacher_student.ipynb #d64bb722
 class Students(nn.Module):
@@ -193,13 +196,85 @@ class TeacherStudent:
     def optimum(self) -> list[Optimum]: # For large dimensions; of two untied tokens a bound
         "The error of the weights that no student can beat"
         rho = np.inf if self.form == "symmetric" else self.widths[0] / self.d_model
-        ratio = self.samples / self.d_model**2
-        if self.form in ("tied", "symmetric"): return [Optimum("valid/smse", float(bayes_optimal_smse(ratio, rho, self.noise_variance, self.length, self.output, self.label_noise)), "asymptotic")]
-        if self._bracketed: return [Optimum("valid/smse", float(untied_bounds(ratio, rho, self.noise_variance).lower), "bound")]
-        return []
+        if self._bracketed: return [Optimum("valid/smse", float(_bracket(self._ratio, rho, self.noise_variance).lower), "bound")]
+        if self.form not in ("tied", "symmetric"): return []
+        best = float(bayes_optimal_smse(self._ratio, rho, self.noise_variance, self.length, self.output, self.label_noise))
+        labels = {"valid/label_error": True, "valid/clean_label_error": False} if self._softmax_pairs else {}
+        size = 1 if self.form == "symmetric" else 1 + rho
+        return [Optimum("valid/smse", best, "asymptotic"), *(Optimum(metric, bayes_label_error(best, size, self.noise_variance, self.beta, noisy), "estimate") for metric, noisy in labels.items())]
+
+    def references(self) -> list[Reference]: # From dimension 40 on, where large dimensions are not far
+        "What the theory of the ridge says of tied students, and of the best error of untied ones"
+        if self.d_model < 40: return []
+        rho = self.widths[0] / self.d_model
+        if self._bracketed:
+            found = _bracket(self._ratio, rho, self.noise_variance)
+            return [Reference("valid/smse", float(value), name) for value, name in ((found.upper, "upper bound of the best"), (found.approximation, "approximation of the best"))]
+        predicted = self.predicted_student()
+        if predicted is None: return []
+        errors = {metric: label_error(predicted.m, predicted.q, 1 + rho, self.noise_variance, self.beta, noisy) for metric, noisy in (("valid/label_error", True), ("valid/clean_label_error", False))}
+        values = {"valid/smse": predicted.smse, **errors, "train/loss": predicted.data_loss + predicted.regularizer, "train/data_loss": predicted.data_loss}
+        return [Reference(metric, float(value), "ridge, infinite dimension") for metric, value in values.items()]
+
+    def predicted_student(self) -> ErmPrediction|None: # None where there is no theory, or it did not come to rest
+        "The student of the ridge for large dimensions"
+        if self.form != "tied" or not self._softmax_pairs or self.label_noise != "symmetric": return None
+        found = _ridge(self._ratio, self.widths[0] / self.d_model, self.noise_variance, self.ridge, self.beta)
+        return None if found.spectrum is None else found
+
+    def figure(self,
+        model:Students,
+    ) -> go.Figure:
+        "Eigenvalues of the students' matrices, the teachers' and what is predicted; of untied ones singular values"
+        return student_figure(self, model)
 
     @property
-    def _bracketed(self): return self.form == "untied" and self.length == 2 and self.output == "softmax" and self.label_noise == "symmetric"
+    def _ratio(self): return self.samples / self.d_model**2
+
+    @property
+    def _softmax_pairs(self): return self.length == 2 and self.output == "softmax"
+
+    @property
+    def _bracketed(self): return self.form == "untied" and self._softmax_pairs and self.label_noise == "symmetric"
+
+@lru_cache(64)
+def _ridge(*given): return erm_tied_smse(*given)
+
+@lru_cache(64)
+def _bracket(*given): return untied_bounds(*given)
+
+# %% ../../nbs/tasks/teacher_student.ipynb #0f62f447
+def matrix_spectra(
+    form:Form,
+    S:Tensor, # [n, D, D]
+) -> np.ndarray: # [n, D]
+    "Eigenvalues, or where S is not symmetric its singular values"
+    S = S.detach().double().cpu()
+    return (torch.linalg.svdvals(S) if form == "untied" else torch.linalg.eigvalsh(S)).numpy()
+
+def student_figure(
+    task:TeacherStudent,
+    model:Students,
+) -> go.Figure:
+    "How the spectra of students and of their teachers are spread"
+    import plotly.graph_objects as go
+    from tformer_lab.dashboards.figures import style
+    students, teachers = (matrix_spectra(task.form, S) for S in (model.students.matrices(), index_matrix(task.form, *task.teachers)))
+    edges = np.linspace(min(students.min(), teachers.min(), 0.) - 1e-6, max(students.max(), teachers.max()) + 1e-6, int(np.clip(2 * students.size**.5, 16, 60)))
+    step, at = edges[1] - edges[0], (edges[1:] + edges[:-1]) / 2
+    told, learnt = ((np.histogram(values, edges)[0] / (values.size * step)).round(4) for values in (teachers, students))
+    figure = style(go.Figure(), height=320)
+    figure.add_bar(x=at, y=learnt, width=step, marker={"color": "#56B4E9", "line_width": 0}, name="students")
+    figure.add_scatter(x=at, y=told, mode="lines", line={"color": "#707070", "shape": "hvh", "width": 1.2}, name="teachers")
+    predicted = task.predicted_student() if task.d_model >= 40 else None
+    zero = ""
+    if predicted is not None:
+        x = np.linspace(max(edges[0], .005), edges[-1], 240)
+        figure.add_scatter(x=x, y=predicted.spectrum.density(x).round(4), mode="lines", line={"color": "#000000", "width": 1.6}, name="students, predicted for infinite dimension")
+        zero = f"; at zero {(np.abs(students) < 1e-3).mean():.2f} of the students' eigenvalues, predicted {predicted.spectrum.atom[1]:.2f}"
+    away = np.r_[told, learnt][np.abs(np.r_[at, at]) > 1.5 * step]
+    what = "singular value" if task.form == "untied" else "eigenvalue"
+    return figure.update_layout(bargap=0, margin_t=56).update_xaxes(title=f"{what} of S{zero}").update_yaxes(title="density", range=[0, 1.25 * max(away, default=1.)])
 
 # %% ../../nbs/tasks/teacher_student.ipynb #3c828036
 def student_table(
