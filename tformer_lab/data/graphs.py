@@ -279,7 +279,7 @@ def _edge(figure, points):
     x, y = np.transpose(points).astype(float)
     if len(points) > 2:  # smooth, and never beyond its places
         x, y = (fine := np.linspace(x[0], x[-1], 24 * (len(points) - 1))), PchipInterpolator(x, y)(fine)
-        figure.add_scatter(x=x[:-6], y=y[:-6], mode="lines", line={"color": "#8C8C8C", "width": 1.2}, hoverinfo="skip", showlegend=False)
+        figure.add_scatter(x=x[:-5], y=y[:-5], mode="lines", line={"color": "#8C8C8C", "width": 1.2}, hoverinfo="skip", showlegend=False)
         x, y = x[-7:], y[-7:]
     figure.add_annotation(x=x[-1], y=y[-1], ax=x[0], ay=y[0], xref="x", yref="y", axref="x", ayref="y", text="", showarrow=True, arrowhead=2, arrowsize=1.1, arrowwidth=1.2, arrowcolor="#8C8C8C", standoff=15,
                           startstandoff=15 if len(points) == 2 else 0)
@@ -299,5 +299,5 @@ def graph_figure(
         figure.add_scatter(x=[place[n.name][0] for n in group], y=[place[n.name][1] for n in group], mode="markers+text", text=words, textposition="bottom center", hovertext=notes, hoverinfo="text",
                            marker={"size": 26, "color": _MODES[mode], "symbol": "square" if observed else "circle"}, name=f"{'observed' if observed else 'hidden'}, {mode}")
     width = max(x for x, _ in place.values())
-    figure.update_xaxes(visible=False, range=[-.5, width + .5]).update_yaxes(visible=False, range=[-rows / 2 - .35, rows / 2 - .1])
+    figure.update_xaxes(visible=False, range=[-.5, width + .5]).update_yaxes(visible=False, range=[rows / 2 + .35, .1 - rows / 2])
     return figure.update_layout(showlegend=True, margin={"l": 16, "r": 16, "t": 40, "b": 8})
