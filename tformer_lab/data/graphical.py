@@ -136,7 +136,7 @@ class Kernels:
 
     def cumulative(self, name:str, device) -> Tensor: # [rows, states - 1]
         "Where a uniform number passes from one new state to the next"
-        return self.kept(("cumulative", name, str(device)), lambda: self.table(name, device).flatten(0, -2).cumsum(-1)[:, :-1].contiguous())
+        return self.kept(("cumulative", name, str(device)), lambda: self.table(name, device).reshape(-1, self.graph[name].states).cumsum(-1)[:, :-1].contiguous())
 
 def draw_kernels(
     graph:Graph,

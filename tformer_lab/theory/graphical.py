@@ -92,7 +92,7 @@ def _beliefs(step, x) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
             else:
                 before = belief
                 belief = belief * (step.shaped(emissions[rows, ..., token]) if step.own[seen] else emissions[token])
-                weight = belief.flatten(1).sum(1)
+                weight = belief.reshape(n, -1).sum(1)
                 belief = belief / weight.view(-1, *[1] * len(places))
         yield before, weight, belief
 
@@ -245,7 +245,7 @@ def _prediction(step, before):
     marginal = before.sum(summed) if summed else before
     left = [name for name in step.hidden if name in parents]
     marginal = marginal.permute(0, *(1 + left.index(name) for name in parents))
-    return marginal.flatten(1) @ table.flatten(0, -2) if parents else table.expand(len(before), -1)
+    return marginal.reshape(len(before), -1) @ table.reshape(-1, table.shape[-1])
 
 @torch.no_grad()
 def filtered_states(
