@@ -5,11 +5,11 @@
 # %% ../../nbs/data/graphs.ipynb #10515ce0
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict
 from difflib import get_close_matches
 from functools import cached_property
 from pathlib import Path
@@ -134,12 +134,13 @@ def check_nodes(
     if faults: raise GraphError("\n".join(faults))
 
 # %% ../../nbs/data/graphs.ipynb #c1c7ed48
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Graph:
     "Nodes that make a graph, one of them observed"
     nodes:tuple[Node, ...]
 
     def __post_init__(self):
+        object.__setattr__(self, "nodes", tuple(self.nodes))
         check_nodes(self.nodes)
         for node in self.nodes:
             size = math.prod(self.kernel_shape(node.name))
@@ -188,12 +189,12 @@ class Graph:
         "The same graph with other Dirichlet laws"
         names = set(self.order if names is None else names)
         if (unknown := sorted(names - set(self.order))): raise GraphError(f"there is no node {unknown[0]!r}{_nearest(unknown[0], self.order)} There are {', '.join(self.order)}")
-        return Graph(tuple(make_node({**asdict(node), "concentration": value}) if node.name in names else node for node in self.nodes))
+        return Graph(tuple(make_node({**dataclasses.asdict(node), "concentration": value}) if node.name in names else node for node in self.nodes))
 
     @cached_property
     def fingerprint(self) -> str: # 16 hexadecimal digits
         "The same for the same graph only"
-        return hashlib.sha256(json.dumps([asdict(node) for node in self.nodes], sort_keys=True).encode()).hexdigest()[:16]
+        return hashlib.sha256(json.dumps([dataclasses.asdict(node) for node in self.nodes], sort_keys=True).encode()).hexdigest()[:16]
 
 # %% ../../nbs/data/graphs.ipynb #bd20cb5b
 class _Loader(yaml.SafeLoader):
@@ -225,8 +226,7 @@ def make_graph(
         try: made.append(make_node(given, place))
         except GraphError as error: faults.append(str(error))
     if faults: raise GraphError("\n".join(faults))
-    check_nodes(made)
-    return Graph(tuple(made))
+    return Graph(made)
 
 def read_graph(
     path:str|Path, # A YAML file
@@ -245,7 +245,7 @@ def graph_yaml(
 ) -> str: # What `parse_graph` reads
     "A graph as YAML, without what is left at its default"
     usual = {"parents": (), "mode": "default", "kernel": "product", "observed": False}
-    short = [{key: list(value) if isinstance(value, tuple) else value for key, value in asdict(node).items() if value != usual.get(key)} for node in graph]
+    short = [{key: list(value) if isinstance(value, tuple) else value for key, value in dataclasses.asdict(node).items() if value != usual.get(key)} for node in graph]
     return "".join(f"- {yaml.safe_dump(entry, sort_keys=False, default_flow_style=True, width=math.inf)}" for entry in short)
 
 # %% ../../nbs/data/graphs.ipynb #1e8f2c51

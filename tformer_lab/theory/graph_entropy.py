@@ -73,7 +73,7 @@ def calibrate(
     names:Iterable[str]|None=None, # Nodes that get the concentration; None: all
     seed:int=0, # Of the first kernels; those of further draws count up
     draws:int=1, # Draws of the kernels
-    n:int=256, # Sequences for each draw
+    n:int=512, # Sequences for each draw
     length:int=64, # Tokens in each
     bounds:tuple[float, float]=(1e-4, 1e2), # Concentrations between which it is sought
 ) -> Calibration: # Raises ValueError where none gives the target
