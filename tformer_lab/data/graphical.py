@@ -25,28 +25,36 @@ from .graphs import Graph, GraphError
 from ..storage import FileError, write_atomically
 
 # %% auto #0
-__all__ = ['CLIP', 'MAX_SEED', 'BLOCK', 'log_dirichlet', 'shape_rows', 'Factor', 'draw_factors', 'kernel_table', 'Kernels',
-           'draw_kernels', 'check_sizes', 'generate_states', 'generate', 'GraphStream', 'sequence_block',
-           'StoredSequences', 'stored_sequences']
+__all__ = ['CLIP', 'MAX_SEED', 'BLOCK', 'log_gamma', 'log_dirichlet', 'shape_rows', 'Factor', 'factor_inputs', 'draw_factors',
+           'kernel_table', 'Kernels', 'draw_kernels', 'draw_context', 'check_sizes', 'generate_states', 'generate',
+           'GraphStream', 'sequence_block', 'StoredSequences', 'stored_sequences']
 
 # %% ../../nbs/data/graphical.ipynb #7c524a01
-def log_dirichlet(
-    concentration:float, # Above 0
-    shape:Sequence[int], # The last is the length of a row
+def log_gamma(
+    shape_parameter:float, # Above 0
+    size:Sequence[int],
     rng:np.random.Generator,
-) -> np.ndarray: # [*shape] logarithms of probabilities
-    "Rows from a symmetric Dirichlet law, however small its concentration"
-    boost = np.log1p(-rng.random(shape)) / concentration
-    d, log_gamma = concentration + 2 / 3, np.empty(boost.size)
+) -> np.ndarray: # [*size]
+    "Logarithms of Gamma variables, however small the parameter"
+    boost = np.log1p(-rng.random(size)) / shape_parameter
+    d, found = shape_parameter + 2 / 3, np.empty(boost.size)
     pending = np.arange(boost.size)
     while len(pending):
         z, u = rng.standard_normal(len(pending)), rng.random(len(pending))
         v = np.maximum(1 + z / math.sqrt(9 * d), 0)**3
         log_v = np.log(v, out=np.full_like(v, -np.inf), where=v > 0)
         taken = np.log1p(-u) < z**2 / 2 + d * (1 - v + log_v)
-        log_gamma[pending[taken]] = math.log(d) + log_v[taken]
+        found[pending[taken]] = math.log(d) + log_v[taken]
         pending = pending[~taken]
-    rows = log_gamma.reshape(boost.shape) + boost
+    return found.reshape(boost.shape) + boost
+
+def log_dirichlet(
+    concentration:float, # Above 0
+    shape:Sequence[int], # The last is the length of a row
+    rng:np.random.Generator,
+) -> np.ndarray: # [*shape] logarithms of probabilities
+    "Rows from a symmetric Dirichlet law"
+    rows = log_gamma(concentration, shape, rng)
     return rows - logsumexp(rows, -1, keepdims=True)
 
 # %% ../../nbs/data/graphical.ipynb #85e25888
@@ -73,6 +81,14 @@ class Factor(NamedTuple):
     inputs:tuple[str, ...] # Whose states index them
     rows:np.ndarray # [n, *states of the inputs, states] logarithms of probabilities; n is 1, or a sequence each
 
+def factor_inputs(
+    graph:Graph,
+    name:str, # Of the node
+) -> list[tuple[str, ...]]:
+    "The inputs of each factor of a node's kernel"
+    inputs = graph.inputs(name)
+    return [inputs] if graph[name].kernel == "fullrank" or len(inputs) < 2 else [(other,) for other in inputs]
+
 def draw_factors(
     graph:Graph,
     name:str, # Of the node
@@ -80,14 +96,12 @@ def draw_factors(
     n:int=1, # Independent draws
 ) -> list[Factor]:
     "The Dirichlet rows of a node"
-    node, inputs = graph[name], graph.inputs(name)
-    groups = [inputs] if node.kernel == "fullrank" or len(inputs) < 2 else [(other,) for other in inputs]
-    factors = []
-    for group in groups:
-        key = hashlib.sha256(json.dumps([name, *group]).encode()).digest()
+    node, factors = graph[name], []
+    for inputs in factor_inputs(graph, name):
+        key = hashlib.sha256(json.dumps([name, *inputs]).encode()).digest()
         rng = np.random.default_rng([*entropy, int.from_bytes(key[:8], "little")])
-        shape = n, *(graph[other].states for other in group), node.states
-        factors.append(Factor(group, shape_rows(log_dirichlet(node.concentration, shape, rng), node.mode)))
+        shape = n, *(graph[other].states for other in inputs), node.states
+        factors.append(Factor(inputs, shape_rows(log_dirichlet(node.concentration, shape, rng), node.mode)))
     return factors
 
 def kernel_table(
@@ -154,27 +168,29 @@ def _row_of(graph, name, states):
     for other in graph.inputs(name): row = row * graph[other].states + states[other]
     return row
 
-def _context_sampler(graph, name, entropy, n, device):
-    "A function from states [n] of the inputs to cumulative rows [n, states - 1] of kernels that each sequence has for its own"
-    factors = [(group, torch.from_numpy(rows).to(device)) for group, rows in draw_factors(graph, name, entropy, n)]
+def draw_context(
+    graph:Graph,
+    n:int, # Sequences
+    rng:np.random.Generator, # Moves on by the same amount for all graphs
+) -> dict[str, list[Factor]]: # By node in mode context
+    "Kernels that each sequence has for its own"
+    entropy = [1, *map(int, rng.integers(0, MAX_SEED, 2))]
+    return {node.name: draw_factors(graph, node.name, entropy, n) for node in graph if node.mode == "context"}
+
+def _context_sampler(factors, n, device):
+    "A function from states [n] of the inputs to cumulative rows [n, states - 1]"
+    factors = [(inputs, torch.from_numpy(rows).to(device)) for inputs, rows in factors]
     sequences = torch.arange(n, device=device)
 
     def cumulative(states):
-        total = sum(rows[(sequences, *(states[other] for other in group))] for group, rows in factors)
+        total = sum(rows[(sequences, *(states[other] for other in inputs))] for inputs, rows in factors)
         return total.softmax(-1).cumsum(-1)[:, :-1]
     return cumulative
 
-def _samplers(kernels, n, rng, device):
-    "For each node in topological order, the function that gives cumulative rows"
-    graph, entropy = kernels.graph, [1, *map(int, rng.integers(0, MAX_SEED, 2))]  # drawn in any case: the stream does not depend on the modes
-
-    def fixed(name):
-        rows = kernels.cumulative(name, device)
-        def cumulative(states):
-            index = _row_of(graph, name, states)
-            return rows[index] if graph.inputs(name) else rows
-        return cumulative
-    return {name: _context_sampler(graph, name, entropy, n, device) if graph[name].mode == "context" else fixed(name) for name in graph.order}
+def _fixed_sampler(kernels, name, device):
+    "The same from a kernel that all sequences share"
+    graph, rows = kernels.graph, kernels.cumulative(name, device)
+    return lambda states: rows[_row_of(graph, name, states)] if graph.inputs(name) else rows
 
 def check_sizes(**sizes) -> None: # Raises ValueError
     "Refuse what is no whole number of 1 or more"
@@ -187,12 +203,14 @@ def generate_states(
     length:int, # Tokens in each, the first 0 among them
     rng:np.random.Generator, # Moves on by each call
     device:str|torch.device="cpu",
+    context:Mapping[str, Sequence[Factor]]|None=None, # Kernels of context nodes, as from `draw_context`; None: they are drawn
 ) -> dict[str, Tensor]: # By node, [n, length] int64
     "Sequences of the states of all nodes"
     check_sizes(n=n, length=length)
     graph, device = kernels.graph, torch.device(device)
     work = torch.device("cpu") if device.type == "mps" else device
-    samplers = _samplers(kernels, n, rng, work)
+    context = draw_context(graph, n, rng) if context is None else context
+    samplers = {name: _context_sampler(context[name], n, work) if graph[name].mode == "context" else _fixed_sampler(kernels, name, work) for name in graph.order}
     now = {name: torch.zeros(n, dtype=torch.int64, device=work) for name in graph.order}
     found = {name: torch.zeros(length, n, dtype=torch.int64, device=work) for name in graph.order}
     for t in range(1, length):
