@@ -192,6 +192,7 @@ def _fixed_sampler(kernels, name, device):
     graph, rows = kernels.graph, kernels.cumulative(name, device)
     return lambda states: rows[_row_of(graph, name, states)] if graph.inputs(name) else rows
 
+# %% ../../nbs/data/graphical.ipynb #4cb5578b
 def check_sizes(**sizes) -> None: # Raises ValueError
     "Refuse what is no whole number of 1 or more"
     for name, size in sizes.items():

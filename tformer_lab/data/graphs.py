@@ -284,6 +284,7 @@ def _edge(figure, points):
     figure.add_annotation(x=x[-1], y=y[-1], ax=x[0], ay=y[0], xref="x", yref="y", axref="x", ayref="y", text="", showarrow=True, arrowhead=2, arrowsize=1.1, arrowwidth=1.2, arrowcolor="#8C8C8C", standoff=15,
                           startstandoff=15 if len(points) == 2 else 0)
 
+# %% ../../nbs/data/graphs.ipynb #e8789901
 def graph_figure(
     graph:Graph,
     height:int|None=None, # Pixels; None: by the graph

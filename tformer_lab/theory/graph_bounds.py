@@ -59,7 +59,7 @@ class _Unknown:
     def proposed(self, rng):
         "Kernels with some rows renewed, in each sequence others"
         n, rows = len(next(iter(self.log_g.values()))), sum(g.shape[1] for g in self.log_g.values())
-        share, kept = np.minimum(1, rng.choice([1, 2, rows / 2], n) / rows), rng.choice([0., .5, .9])
+        share, kept = np.minimum(1, rng.choice([1, 2, rows / 2], n) / rows), rng.choice([0., .7])
         new = {}
         for key, g in self.log_g.items():
             chosen = rng.random(g.shape[:2]) < share[:, None]
@@ -71,6 +71,7 @@ class _Unknown:
         "The other's kernels where accepted [n], else these"
         return _Unknown(self.graph, {key: np.where(accepted[:, None, None], other.log_g[key], g) for key, g in self.log_g.items()})
 
+# %% ../../nbs/theory/graph_bounds.ipynb #0e04118c
 def _given(kernels, hidden, x, unknown):
     "ln p(x | kernels) of each sequence; [n]"
     step = _Step(kernels, hidden, "cpu", unknown.tables())
@@ -114,11 +115,12 @@ def likelihood_bounds(
     truth = _Unknown.draw(graph, [node.name for node in graph if node.mode == "context"], n, rng)
     x = generate_states(kernels, n, length, rng, context=truth.factors())[graph.observed.name]
     truth = _Unknown(graph, {key: g for key, g in truth.log_g.items() if key[0] in names}).repeat(chains)
-    betas, repeated = np.linspace(0, 1, steps + 1)**3, x.repeat_interleave(chains, 0)
+    betas, repeated = np.linspace(0, 1, steps + 1)**2, x.repeat_interleave(chains, 0)
     up = _anneal(kernels, hidden, repeated, _Unknown.draw(graph, names, n * chains, rng), betas, rng, False).reshape(n, chains)
     down = _anneal(kernels, hidden, repeated, truth, betas, rng, True).reshape(n, chains)
     return LikelihoodBounds(x, logsumexp(up, 1) - math.log(chains), math.log(chains) - logsumexp(-down, 1))
 
+# %% ../../nbs/theory/graph_bounds.ipynb #46f2d469
 class EntropyBounds(NamedTuple):
     "What brackets the entropy per token, in nats"
     lower:Estimate

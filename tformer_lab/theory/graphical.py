@@ -227,6 +227,7 @@ def log_likelihood(
     else: weights = torch.cat([torch.stack([weight for _, weight, _ in _beliefs(step, part)], 1) for step, part in _chunks(kernels, x, hidden)])
     return pad(weights.log().cumsum(1), (1, 0))
 
+# %% ../../nbs/theory/graphical.ipynb #a9e017cb
 @torch.no_grad()
 def predict(
     kernels:Kernels,
@@ -238,6 +239,7 @@ def predict(
     if (context := _context_nodes(kernels.graph, hidden)): return _context_steps(kernels, after, hidden, context)[0]
     return torch.cat([torch.stack([_prediction(step, before) for before, _, _ in _beliefs(step, part)], 1) for step, part in _chunks(kernels, after, hidden)])
 
+# %% ../../nbs/theory/graphical.ipynb #44fd85c2
 def _prediction(step, before):
     "Next tokens from a belief before them; [batch, vocab]"
     parents, table = step.graph.observed.parents, step.tables[step.graph.observed.name]
@@ -247,6 +249,7 @@ def _prediction(step, before):
     marginal = marginal.permute(0, *(1 + left.index(name) for name in parents))
     return marginal.reshape(len(before), -1) @ table.reshape(-1, table.shape[-1])
 
+# %% ../../nbs/theory/graphical.ipynb #5b7219da
 @torch.no_grad()
 def filtered_states(
     kernels:Kernels,
