@@ -14,9 +14,10 @@ from scipy import stats
 from scipy.special import gammaln
 
 from tformer_lab.data import graphical
-from tformer_lab.data.graphical import GraphStream, draw_kernels, generate, generate_states, log_dirichlet, sequence_block, shape_rows, stored_sequences
+from tformer_lab.data.graphical import GraphStream, draw_context, draw_kernels, kernel_table, generate, generate_states, log_dirichlet, sequence_block, shape_rows, stored_sequences
 from tformer_lab.data.graphs import GraphError, graph_figure, graph_yaml, make_graph, parse_graph, read_graph
 from tformer_lab.storage import FileError
+from tformer_lab.theory.graph_bounds import entropy_bounds, likelihood_bounds
 from tformer_lab.theory.graph_entropy import calibrate, compressed_size, entropy_rate, position_entropies, stationary_law, token_entropies
 from tformer_lab.theory.graphical import filtered_states, log_likelihood, predict
 
@@ -436,6 +437,37 @@ def test_compressors_do_not_pass_below_the_entropy_of_long_data():
     assert all(h < size < math.log(4) + .1 for size in compressed_size(kernels.graph, x))
     noise = draw_kernels(make_graph([seen("", 256, concentration=1e6)]))
     assert compressed_size(noise.graph, generate(noise, 1000, 64, np.random.default_rng(0))).lzma == pytest.approx(math.log(256), rel=.01)
+
+
+# bounds
+
+@pytest.mark.parametrize("name", ["no hidden node", "hidden parent", "hidden context node", "all, fullrank"])
+def test_bounds_bracket_an_exact_likelihood_in_the_mean(name):
+    kernels = draw_kernels(make_graph(CONTEXT[name]))
+    found = likelihood_bounds(kernels, n=40, length=8, chains=4, steps=120)
+    exact = log_likelihood(kernels, found.tokens)[:, -1].numpy()
+    for gap in (exact - found.lower, found.upper - exact):
+        error = gap.std(ddof=1) / 40**.5
+        assert -4 * error < gap.mean() < .1 + 4 * error and error < .1
+
+
+def test_bounds_of_a_product_agree_with_the_mean_over_many_kernels_from_the_prior():
+    kernels, m = draw_kernels(make_graph([node("A"), node("B"), seen("BA", mode="context"), node("C", 2, "XA", mode="context")])), 20_000
+    found = likelihood_bounds(kernels, n=20, length=5, chains=4, steps=150, seed=3)
+    tables = torch.from_numpy(kernel_table(kernels.graph, "X", draw_context(kernels.graph, m, np.random.default_rng(0))["X"]))  # [m, B, A, X]
+    A, B, one = kernels.tables["A"], kernels.tables["B"], torch.tensor(1., dtype=torch.float64)
+    naive = []
+    for x in found.tokens.tolist():
+        belief = torch.zeros(m, 2, 2, dtype=torch.float64)
+        belief[:, 0, 0] = one
+        for token in x[1:]: belief = torch.einsum("mba,bc,ad->mcd", belief, B, A) * tables[..., token]
+        naive.append(belief.sum((1, 2)).mean().log().item())
+    for gap in (naive - found.lower, found.upper - naive):
+        error = gap.std(ddof=1) / 20**.5
+        assert -4 * error < gap.mean() < .1 + 4 * error and error < .1
+    bracket = entropy_bounds(kernels, n=20, length=5, chains=4, steps=150, seed=3)
+    assert bracket.lower.value == pytest.approx(-found.upper.mean() / 4) and bracket.upper.value == pytest.approx(-found.lower.mean() / 4)
+    with pytest.raises(GraphError, match="log_likelihood is exact"): likelihood_bounds(draw_kernels(make_graph([node("A"), seen("A"), node("C", 2, "X", mode="context")])))
 
 
 # files of graphs
