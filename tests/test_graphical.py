@@ -451,6 +451,14 @@ def test_bounds_bracket_an_exact_likelihood_in_the_mean(name):
         assert -4 * error < gap.mean() < .1 + 4 * error and error < .1
 
 
+def test_chains_of_few_steps_have_unbiased_weights_in_both_directions():
+    kernels = draw_kernels(make_graph([node("Z"), seen("Z", mode="context", concentration=2.)]))
+    found = likelihood_bounds(kernels, n=20_000, length=6, chains=4, steps=2)
+    exact = log_likelihood(kernels, found.tokens)[:, -1].numpy()
+    for ratio in (np.exp(found.lower - exact), np.exp(exact - found.upper)):  # the mean of exp(w) is p(x), that of exp(-w) from the posterior is 1 / p(x)
+        assert abs(ratio.mean() - 1) < 4 * ratio.std() / 20_000**.5 < .05
+
+
 def test_bounds_of_a_product_agree_with_the_mean_over_many_kernels_from_the_prior():
     kernels, m = draw_kernels(make_graph([node("A"), node("B"), seen("BA", mode="context"), node("C", 2, "XA", mode="context")])), 20_000
     found = likelihood_bounds(kernels, n=20, length=5, chains=4, steps=150, seed=3)
