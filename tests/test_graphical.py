@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import signal
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -20,6 +21,8 @@ from tformer_lab.storage import FileError
 from tformer_lab.theory.graph_bounds import entropy_bounds, likelihood_bounds
 from tformer_lab.theory.graph_entropy import calibrate, compressed_size, entropy_rate, position_entropies, stationary_law, token_entropies
 from tformer_lab.theory.graphical import filtered_states, log_likelihood, predict
+
+EXAMPLES = Path(__file__).parents[1] / "nbs/papers/graphs"
 
 
 def node(name, states=2, parents=(), concentration=.7, **more): return {"name": name, "states": states, "concentration": concentration, "parents": list(parents), **more}
@@ -117,7 +120,7 @@ def test_a_batch_is_its_sequences_also_in_parts(monkeypatch):
 
 
 def test_long_sequences_do_not_underflow():
-    kernels = draw_kernels(read_graph("nbs/papers/graphs/five_nodes.yaml").with_concentration(1e-2))
+    kernels = draw_kernels(read_graph(EXAMPLES / "five_nodes.yaml").with_concentration(1e-2))
     x = torch.cat([torch.zeros(2, 1, dtype=torch.long), torch.randint(0, 32, (2, 2047), generator=torch.Generator().manual_seed(0))], 1)  # tokens that the graph would hardly give
     log_p = log_likelihood(kernels, x)
     assert torch.isfinite(log_p).all() and (log_p.diff(dim=1) < 0).all() and (log_p[:, -1] < -5000).all()
@@ -403,7 +406,7 @@ def test_the_entropy_per_token_is_that_of_all_sequences():
 
 
 def test_calibration_finds_the_concentration_and_says_when_there_is_none():
-    graph = read_graph("nbs/papers/graphs/chain.yaml")
+    graph = read_graph(EXAMPLES / "chain.yaml")
     found = calibrate(graph, .8, n=100, length=24, draws=2)
     assert abs(found.entropy.value - .8) < 6 * found.entropy.error and found.graph["Z"].concentration == found.graph["X"].concentration == found.concentration
     part = calibrate(graph, 2.8, ["X"], n=100, length=24)
