@@ -59,7 +59,7 @@ def scan(
     if initial is not None:
         if initial.shape != b[:, 0].shape: raise ValueError(f"initial has the shape {list(initial.shape)}: it has to be {list(b[:, 0].shape)}")
         b = torch.cat([torch.addcmul(b[:, :1], a[:, :1], initial[:, None]), b[:, 1:]], 1)
-    return _Scan.apply(a, b)
+    return _Scan.apply(a, b) if b.shape[1] > 1 else b
 
 # %% ../../nbs/models/recurrent.ipynb #bc47e60e
 class Memory:
