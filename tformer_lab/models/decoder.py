@@ -295,7 +295,7 @@ class LanguageModel(nn.Module):
     ) -> Tensor: # [n, time + length] int64, the prompt and what follows
         "Go on from a prompt"
         check_generation(prompt, length, temperature, self.vocab_size)
-        if isinstance(generator, int): generator = torch.Generator(prompt.device).manual_seed(generator)
+        if generator is not None and not isinstance(generator, torch.Generator): generator = torch.Generator(prompt.device).manual_seed(int(generator))
         state, found = self.new_state(), [prompt.long()]
         for _ in range(length): found.append(next_tokens(self(found[-1], state)[:, -1], temperature, generator))
         return torch.cat(found, 1)
