@@ -174,6 +174,7 @@ def test_the_chunks_of_a_selective_scan_change_neither_result_nor_gradient(chunk
     dt, u, A, B, C, initial = draw(2, 9, 3), draw(2, 9, 3), draw(3, 4), draw(2, 9, 4), draw(2, 9, 4), draw(2, 3, 4)
     def run(dt, u, A, B, C, initial): return selective_scan(dt.exp(), u, -A.exp(), B, C, initial, chunk)
     assert torch.autograd.gradcheck(run, (dt, u, A, B, C, initial))
+    if chunk == 4: assert torch.autograd.gradgradcheck(run, (dt, u, A, B, C, initial))
     y, last = run(dt, u, A, B, C, initial)
     a, b = (dt.exp()[..., None] * -A.exp()).exp(), dt.exp()[..., None] * u[..., None] * B[:, :, None]
     h = loop(a, b, initial)
@@ -186,7 +187,7 @@ def test_a_selective_scan_keeps_no_states_but_those_between_chunks():
     kept = {}
     with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.__setitem__(x.untyped_storage().data_ptr(), x.untyped_storage().nbytes() // 4) or x, lambda x: x):
         y, _ = selective_scan(dt.requires_grad_(), u, A, B, C, chunk=32)
-    assert sum(kept.values()) <= sum(x.numel() for x in inputs) + 512 // 32 * 64 * 16
+    assert sum(kept.values()) <= sum(x.numel() for x in inputs) + (512 // 32 + 1) * 64 * 16
 
 
 def test_float32_at_length_4096_is_the_step_by_step_model(kind):

@@ -13,12 +13,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 
 from .decoder import EPS, Decoder, FeedForward, LanguageModel, check_sizes, default_feedforward, linear
 
 # %% auto #0
-__all__ = ['CHUNK', 'MIXERS', 'KINDS', 'scan', 'Memory', 'CausalConvolution', 'Recurrence', 'MinGRU', 'MinLSTM', 'Hawk',
+__all__ = ['CHUNK_NUMBERS', 'MIXERS', 'KINDS', 'scan', 'Memory', 'CausalConvolution', 'Recurrence', 'MinGRU', 'MinLSTM', 'Hawk',
            'selective_scan', 'Mamba', 'RecurrentBlock', 'Recurrent', 'own_options', 'language_model']
 
 # %% ../../nbs/models/recurrent.ipynb #0659e82d
@@ -185,12 +184,51 @@ class Hawk(Recurrence):
         return self.out(F.gelu(self.branch(x)) * h.to(x.dtype))
 
 # %% ../../nbs/models/recurrent.ipynb #c8a84766
-CHUNK = 64 # Steps whose states exist at once
+CHUNK_NUMBERS = 2**19 # Numbers in the states of a chunk: they stay in a processor's cache
 
-def _selective_chunk(dt, u, A, B, C, initial):
-    a, b = (dt[..., None] * A).exp(), (dt * u)[..., None] * B[..., None, :]
-    h = scan(a, b, initial)
-    return (h @ C[..., None]).squeeze(-1), h[:, -1].clone()
+def _chunk_states(dt, u, A, B, initial):
+    "a, and the states [n, time, channels, d_state]"
+    a = (dt[..., None] * A).exp()
+    return a, scan(a, (dt * u)[..., None] * B[..., None, :], initial)
+
+def _chunk_gradient(dt, u, A, B, C, initial, grad_y, grad_last):
+    "Gradients for dt, u, A, B, C and the state before a chunk"
+    a, h = _chunk_states(dt, u, A, B, initial)
+    grad_h = (grad_y[..., None] * C[..., None, :]).flip(1)
+    after = torch.cat([torch.ones_like(a[:, :1]), a[:, 1:].flip(1)], 1)
+    g = scan(after, grad_h, grad_last).flip(1)
+    s, read = g * torch.cat([initial[:, None], h[:, :-1]], 1) * a, (g @ B[..., None]).squeeze(-1)
+    grad_dt = (s * A).sum(-1) + u * read
+    return grad_dt, dt * read, (dt[..., None] * s).sum((0, 1)), ((dt * u)[..., None, :] @ g).squeeze(-2), (grad_y[..., None, :] @ h).squeeze(-2), a[:, 0] * g[:, 0]
+
+class _SelectiveScan(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(dt, u, A, B, C, initial, chunk):
+        states, found = [initial], []
+        for *parts, reader in zip(*(x.split(chunk, 1) for x in (dt, u, B, C))):
+            _, h = _chunk_states(*parts[:2], A, parts[2], states[-1])
+            found.append((h @ reader[..., None]).squeeze(-1))
+            states.append(h[:, -1].clone())
+        return torch.cat(found, 1), torch.stack(states, 1)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        *tensors, _, ctx.chunk = inputs
+        ctx.save_for_backward(*tensors, output[1])
+
+    @staticmethod
+    def backward(ctx, grad_y, grad_states):
+        dt, u, A, B, C, states = ctx.saved_tensors
+        chunks, grad, grad_A, found = list(zip(*(x.split(ctx.chunk, 1) for x in (dt, u, B, C, grad_y)))), grad_states[:, -1], torch.zeros_like(A), []
+        for k in range(len(chunks) - 1, -1, -1):
+            *parts, grad_chunk = chunks[k]
+            *grads, grad = _chunk_gradient(*parts[:2], A, *parts[2:], states[:, k], grad_chunk, grad)
+            grad, grad_A = grad + grad_states[:, k], grad_A + grads.pop(2)
+            found.append(grads)
+        grad_dt, grad_u, grad_B, grad_C = (torch.cat(parts, 1) for parts in zip(*found[::-1]))
+        return grad_dt, grad_u, grad_A, grad_B, grad_C, grad, None
 
 def selective_scan(
     dt:Tensor, # [n, time, channels] step sizes, positive
@@ -199,16 +237,13 @@ def selective_scan(
     B:Tensor, # [n, time, d_state] how inputs enter the state
     C:Tensor, # [n, time, d_state] how the state is read
     initial:Tensor|None=None, # [n, channels, d_state] the state before the first step; None: zero
-    chunk:int=CHUNK, # Steps whose states exist at once
+    chunk:int|None=None, # Steps whose states exist at once; None: from 32 to 256, by the size of the state
 ) -> tuple[Tensor, Tensor]: # [n, time, channels] what is read, and [n, channels, d_state] the last state
     "A selective state space model, without what passes by the state"
-    state, found = u.new_zeros(len(u), *A.shape) if initial is None else initial, []
-    again = torch.is_grad_enabled() and u.shape[1] > chunk
-    for parts in zip(*(x.split(chunk, 1) for x in (dt, u, B, C))):
-        arguments = *parts[:2], A, *parts[2:], state
-        y, state = checkpoint(_selective_chunk, *arguments, use_reentrant=False, preserve_rng_state=False) if again else _selective_chunk(*arguments)
-        found.append(y)
-    return torch.cat(found, 1), state
+    if initial is None: initial = u.new_zeros(len(u), *A.shape)
+    if chunk is None: chunk = min(max(CHUNK_NUMBERS // initial.numel(), 32), 256)
+    y, states = _SelectiveScan.apply(dt, u, A, B, C, initial, chunk)
+    return y, states[:, -1]
 
 # %% ../../nbs/models/recurrent.ipynb #0cebda23
 def _step_sizes(width):
@@ -248,7 +283,7 @@ class Mamba(Recurrence):
         u = F.silu(self._convolve(self.input(x), memory))
         dt, A = F.softplus(_wide(self.dt_out(self.dt_in(u)))), -_wide(self.A_log).exp()
         y, state = selective_scan(dt, _wide(u), A, _wide(self.B(u)), _wide(self.C(u)), None if memory is None else memory.state)
-        if memory is not None: memory.state = state.detach()
+        if memory is not None: memory.state = state.detach().clone()
         return self.out((y + _wide(self.D) * u).to(x.dtype) * F.silu(self.branch(x)))
 
 # %% ../../nbs/models/recurrent.ipynb #f81bdf4e
