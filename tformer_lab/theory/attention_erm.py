@@ -256,7 +256,7 @@ def _checked(rho_star, delta_in, beta, L):
 def _failed(why): return ErmPrediction(*[np.nan] * 10, None, np.nan, np.nan, f"not converged: {why}")
 
 def _prediction(answer, student, rho_star, lam, error, status):
-    return ErmPrediction(max(1 + rho_star - 2 * student.m + student.q, 0.), *student[:3], *answer[:3], student.spectrum.rank, answer.loss, lam * student.trace, student.spectrum, answer.jumps, error, status)
+    return ErmPrediction(max(float(1 + rho_star - 2 * student.m + student.q), 0.), *(float(value) for value in student[:3]), *(float(value) for value in answer[:3]), student.spectrum.rank, answer.loss, float(lam * student.trace), student.spectrum, float(answer.jumps), float(error), status)
 
 def _refined(x, sample, rho_star, lam, tolerance):
     "More nodes until the error stays"
@@ -279,7 +279,7 @@ def erm_tied_smse(
     alpha:float, # Samples over D squared, above 0
     rho_star:float, # Width of the teacher over D
     delta_in:float, # Variance of the noise in the labels' logits
-    lam:float, # Ridge, 0 or more
+    lam:float, # Ridge, above 0
     beta:float=1., # Factor of the logits in the softmax
     L:int=2, # Tokens: 2
     tolerance:float=3e-3, # Of smse, relative, when nodes are added
@@ -287,13 +287,13 @@ def erm_tied_smse(
     "What a tied student becomes that minimises the squared error of the labels and a ridge, if its width does not bind"
     _checked(rho_star, delta_in, beta, L)
     if not (np.isfinite(alpha) and alpha > 0): raise ValueError(f"alpha is {alpha}: samples over D squared have to be above 0, and finite")
-    if not (np.isfinite(lam) and lam >= 0): raise ValueError(f"lam is {lam}: the ridge has to be 0 or more, and finite")
+    if not (np.isfinite(lam) and lam > 0): raise ValueError(f"lam is {lam}: the ridge has to be above 0, and finite; without one there may be many minimisers")
     sample = lambda nodes: _Samples(alpha, 1 + rho_star + delta_in / 2, beta, nodes)
     zero = _at_zero(alpha, rho_star, delta_in, beta)
     largest = (zero.m_hat * wishart_law(rho_star) + semicircle_law(zero.q_hat / 2)).support[-1][1]
     if lam >= largest: return _prediction(zero, _student(*zero[:3], rho_star, lam), rho_star, lam, 0., "converged")
     start = lambda lam: np.log(_student(*zero[:3], rho_star, lam)[:3])
-    found = _settled(sample(_LEVELS[0]), start(lam), rho_star, lam, tolerance) or _followed(sample(_LEVELS[0]), start(.7 * largest), rho_star, .7 * largest, max(lam, 1e-9), tolerance)
+    found = _settled(sample(_LEVELS[0]), start(lam), rho_star, lam, tolerance) or _followed(sample(_LEVELS[0]), start(.7 * largest), rho_star, .7 * largest, lam, tolerance)
     return _failed("no fixed point found") if found is None else _refined(found[0], sample, rho_star, lam, tolerance)
 
 # %% ../../nbs/theory/attention_erm.ipynb #ad1fd666
