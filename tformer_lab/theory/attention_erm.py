@@ -36,6 +36,7 @@ def _hessian(curvature, V):
     total, other = V * curvature.sum(0), V * 2**.5 * (curvature[0] - curvature[1])
     return 1 + 2 * total, 1 + total, other, (1 + 2 * total) * (1 + total) - other**2
 
+# %% ../../nbs/theory/attention_erm.ipynb #7ba6bea2
 def _objective(p, omega, label, V, beta): return V * _loss(p, label, beta) + .5 * np.square(p - omega).sum(0)
 
 def _newton_step(p, omega, label, V, beta):
@@ -191,6 +192,7 @@ def _settled(samples, x, rho_star, lam, tolerance, limit=80):
         x = x + step * min(1, 1 / np.abs(step).max())
     return best
 
+# %% ../../nbs/theory/attention_erm.ipynb #e194b023
 def _followed(samples, x, rho_star, high, lam, tolerance):
     "From a large ridge, near the one at which the student is zero, down to lam"
     found, at, ratio, slope = _settled(samples, x, rho_star, high, tolerance), high, .5, 0.
@@ -247,6 +249,7 @@ class ErmPrediction:
     numerical_error:float # Of smse: what the last increase of nodes changed, or starting anew
     status:str # 'converged', 'approximate: …' or 'not converged: …'
 
+# %% ../../nbs/theory/attention_erm.ipynb #b25239a8
 def _checked(rho_star, delta_in, beta, L):
     if not (np.isfinite(rho_star) and rho_star > 0): raise ValueError(f"rho_star is {rho_star}: the teacher's width over D has to be above 0, and finite")
     if not (np.isfinite(delta_in) and delta_in >= 0): raise ValueError(f"delta_in is {delta_in}: the noise's variance has to be 0 or more, and finite")
@@ -275,6 +278,7 @@ def _refined(x, sample, rho_star, lam, tolerance):
     exact = abs(answer.jumps) < .02 and apart <= tolerance * smse + 1e-9
     return _prediction(answer, student, rho_star, lam, apart, "converged" if exact else f"approximate: samples jump between minima, {abs(answer.jumps):.1%} of the response, and nodes leave an error of {apart:.2g} in {smse:.3g}")
 
+# %% ../../nbs/theory/attention_erm.ipynb #ac668fe8
 def erm_tied_smse(
     alpha:float, # Samples over D squared, above 0
     rho_star:float, # Width of the teacher over D

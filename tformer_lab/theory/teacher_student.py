@@ -129,6 +129,7 @@ def _two_tokens(L, beta, **sizes):
     for name, size in sizes.items():
         if not (np.isfinite(size) and size >= 0): raise ValueError(f"{name} is {size}: it has to be 0 or more, and finite")
 
+# %% ../../nbs/theory/teacher_student.ipynb #feaee720
 def label_error(
     m:float, # Tr S S* / D
     q:float, # Squared Frobenius norm of the student's S over D
