@@ -36,6 +36,7 @@ def _hessian(curvature, V):
     total, other = V * curvature.sum(0), V * 2**.5 * (curvature[0] - curvature[1])
     return 1 + 2 * total, 1 + total, other, (1 + 2 * total) * (1 + total) - other**2
 
+# %% ../../nbs/theory/attention_erm.ipynb #7ba6bea2
 def _objective(p, omega, label, V, beta): return V * _loss(p, label, beta) + .5 * np.square(p - omega).sum(0)
 
 def _newton_step(p, omega, label, V, beta):
@@ -191,6 +192,7 @@ def _settled(samples, x, rho_star, lam, tolerance, limit=80):
         x = x + step * min(1, 1 / np.abs(step).max())
     return best
 
+# %% ../../nbs/theory/attention_erm.ipynb #e194b023
 def _followed(samples, x, rho_star, high, lam, tolerance):
     "From a large ridge, near the one at which the student is zero, down to lam"
     found, at, ratio, slope = _settled(samples, x, rho_star, high, tolerance), high, .5, 0.
@@ -247,6 +249,7 @@ class ErmPrediction:
     numerical_error:float # Of smse: what the last increase of nodes changed, or starting anew
     status:str # 'converged', 'approximate: …' or 'not converged: …'
 
+# %% ../../nbs/theory/attention_erm.ipynb #b25239a8
 def _checked(rho_star, delta_in, beta, L):
     if not (np.isfinite(rho_star) and rho_star > 0): raise ValueError(f"rho_star is {rho_star}: the teacher's width over D has to be above 0, and finite")
     if not (np.isfinite(delta_in) and delta_in >= 0): raise ValueError(f"delta_in is {delta_in}: the noise's variance has to be 0 or more, and finite")
@@ -256,7 +259,7 @@ def _checked(rho_star, delta_in, beta, L):
 def _failed(why): return ErmPrediction(*[np.nan] * 10, None, np.nan, np.nan, f"not converged: {why}")
 
 def _prediction(answer, student, rho_star, lam, error, status):
-    return ErmPrediction(max(1 + rho_star - 2 * student.m + student.q, 0.), *student[:3], *answer[:3], student.spectrum.rank, answer.loss, lam * student.trace, student.spectrum, answer.jumps, error, status)
+    return ErmPrediction(max(float(1 + rho_star - 2 * student.m + student.q), 0.), *(float(value) for value in student[:3]), *(float(value) for value in answer[:3]), student.spectrum.rank, answer.loss, float(lam * student.trace), student.spectrum, float(answer.jumps), float(error), status)
 
 def _refined(x, sample, rho_star, lam, tolerance):
     "More nodes until the error stays"
@@ -275,11 +278,12 @@ def _refined(x, sample, rho_star, lam, tolerance):
     exact = abs(answer.jumps) < .02 and apart <= tolerance * smse + 1e-9
     return _prediction(answer, student, rho_star, lam, apart, "converged" if exact else f"approximate: samples jump between minima, {abs(answer.jumps):.1%} of the response, and nodes leave an error of {apart:.2g} in {smse:.3g}")
 
+# %% ../../nbs/theory/attention_erm.ipynb #ac668fe8
 def erm_tied_smse(
     alpha:float, # Samples over D squared, above 0
     rho_star:float, # Width of the teacher over D
     delta_in:float, # Variance of the noise in the labels' logits
-    lam:float, # Ridge, 0 or more
+    lam:float, # Ridge, above 0
     beta:float=1., # Factor of the logits in the softmax
     L:int=2, # Tokens: 2
     tolerance:float=3e-3, # Of smse, relative, when nodes are added
@@ -287,13 +291,13 @@ def erm_tied_smse(
     "What a tied student becomes that minimises the squared error of the labels and a ridge, if its width does not bind"
     _checked(rho_star, delta_in, beta, L)
     if not (np.isfinite(alpha) and alpha > 0): raise ValueError(f"alpha is {alpha}: samples over D squared have to be above 0, and finite")
-    if not (np.isfinite(lam) and lam >= 0): raise ValueError(f"lam is {lam}: the ridge has to be 0 or more, and finite")
+    if not (np.isfinite(lam) and lam > 0): raise ValueError(f"lam is {lam}: the ridge has to be above 0, and finite; without one there may be many minimisers")
     sample = lambda nodes: _Samples(alpha, 1 + rho_star + delta_in / 2, beta, nodes)
     zero = _at_zero(alpha, rho_star, delta_in, beta)
     largest = (zero.m_hat * wishart_law(rho_star) + semicircle_law(zero.q_hat / 2)).support[-1][1]
     if lam >= largest: return _prediction(zero, _student(*zero[:3], rho_star, lam), rho_star, lam, 0., "converged")
     start = lambda lam: np.log(_student(*zero[:3], rho_star, lam)[:3])
-    found = _settled(sample(_LEVELS[0]), start(lam), rho_star, lam, tolerance) or _followed(sample(_LEVELS[0]), start(.7 * largest), rho_star, .7 * largest, max(lam, 1e-9), tolerance)
+    found = _settled(sample(_LEVELS[0]), start(lam), rho_star, lam, tolerance) or _followed(sample(_LEVELS[0]), start(.7 * largest), rho_star, .7 * largest, lam, tolerance)
     return _failed("no fixed point found") if found is None else _refined(found[0], sample, rho_star, lam, tolerance)
 
 # %% ../../nbs/theory/attention_erm.ipynb #ad1fd666

@@ -35,6 +35,7 @@ class Measurements(NamedTuple):
         total = np.tensordot(np.matmul(weight, self.x), self.x, ((0, 1), (0, 1)))
         return (total - np.trace(weight, axis1=1, axis2=2).sum() * np.eye(len(total))) / len(total)**.5
 
+# %% ../../nbs/theory/gamp_rie.ipynb #89c3bd08
 def _basis(L):
     "[K, L, L] measurements of logits with the same variance, and [L, L - 1, K] the differences t that they give"
     rows, columns = np.triu_indices(L)
@@ -48,6 +49,7 @@ def _basis(L):
     logits[:, rows, columns] = logits[:, columns, rows] = B * np.where(diagonal, 2**.5, 1.)
     return basis, np.stack([np.stack([logits[:, a, a] - logits[:, a, b] for b in range(L) if b != a]) for a in range(L)])
 
+# %% ../../nbs/theory/gamp_rie.ipynb #1bd58f64
 def measured_labels(
     x:np.ndarray, # [N, L, D] tokens, standard normal
     y:np.ndarray, # [N, L, L] labels, above 0, rows sum to 1
@@ -106,6 +108,7 @@ def gamp_rie(
         if done: break
     return GampEstimate(S, np.array(errors), np.array(changes), float(np.square(g).mean() * expected), bool(done), "converged" if done else f"S still changes by {changes[-1]:.2g} after {iterations} iterations: more of them or more damping may help")
 
+# %% ../../nbs/theory/gamp_rie.ipynb #6663f509
 def _iterated(data, S, V, g, prior, delta, damping):
     "One iteration"
     kept = lambda old, new: damping * old + (1 - damping) * new

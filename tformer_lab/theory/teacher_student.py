@@ -120,6 +120,7 @@ def _largest_root(excess, top, points=48):
 def _untied(alpha, rho_star, delta):
     "Lower, upper and approximation at one sample ratio"
     if alpha == 0: return 1., 1., 1.
+    if delta == 0 and alpha >= 4 * recovery_threshold(rho_star): return 0., 0., 0.  # even the upper bound: F(s) / s is nowhere above its limit
     whole, part, half = product_law(rho_star), _symmetric_part_law(rho_star), delta / 2
     F = lambda noise: denoising_error(whole, noise, _NODES) / 2
     symmetric_noise = lambda total, symmetric: 1 / (alpha * (1 / (total + half) + 1 / (symmetric + half)))
@@ -164,6 +165,7 @@ def _two_tokens(L, beta, **sizes):
     for name, size in sizes.items():
         if not (np.isfinite(size) and size >= 0): raise ValueError(f"{name} is {size}: it has to be 0 or more, and finite")
 
+# %% ../../nbs/theory/teacher_student.ipynb #feaee720
 def label_error(
     m:float, # Tr S S* / D
     q:float, # Squared Frobenius norm of the student's S over D
