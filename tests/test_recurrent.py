@@ -171,7 +171,7 @@ def test_each_recurrence_is_its_formula_and_so_are_its_gradients(kind, stream, c
 def test_the_chunks_of_a_selective_scan_change_neither_result_nor_gradient(chunk):
     generator = torch.Generator().manual_seed(0)
     draw = lambda *shape: torch.randn(*shape, generator=generator, dtype=torch.float64).requires_grad_()
-    dt, u, A, B, C, initial = draw(2, 9, 3), draw(2, 9, 3), draw(3, 4), draw(2, 9, 4), draw(2, 9, 4), draw(2, 3, 4)
+    dt, u, A, B, C, initial = draw(2, 9, 2), draw(2, 9, 2), draw(2, 3), draw(2, 9, 3), draw(2, 9, 3), draw(2, 2, 3)
     def run(dt, u, A, B, C, initial): return selective_scan(dt.exp(), u, -A.exp(), B, C, initial, chunk)
     assert torch.autograd.gradcheck(run, (dt, u, A, B, C, initial))
     if chunk == 4: assert torch.autograd.gradgradcheck(run, (dt, u, A, B, C, initial))
@@ -186,8 +186,8 @@ def test_a_selective_scan_keeps_no_states_but_those_between_chunks():
     dt, u, A, B, C = inputs = torch.rand(1, 512, 64), torch.randn(1, 512, 64), -torch.rand(64, 16), torch.randn(1, 512, 16), torch.randn(1, 512, 16)
     kept = {}
     with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.__setitem__(x.untyped_storage().data_ptr(), x.untyped_storage().nbytes() // 4) or x, lambda x: x):
-        y, _ = selective_scan(dt.requires_grad_(), u, A, B, C, chunk=32)
-    assert sum(kept.values()) <= sum(x.numel() for x in inputs) + (512 // 32 + 1) * 64 * 16
+        y, _ = selective_scan(dt.requires_grad_(), u, A, B, C)  # a state of 1024 numbers: 256 steps a chunk
+    assert sum(kept.values()) <= sum(x.numel() for x in inputs) + (512 // 256 + 1) * 64 * 16
 
 
 def test_float32_at_length_4096_is_the_step_by_step_model(kind):
@@ -312,8 +312,7 @@ def test_parameters_are_the_sum_of_what_the_formula_says(kind, model):
 def test_products_with_weights_are_those_that_torch_counts(kind, model):
     with FlopCounterMode(display=False) as counter, torch.no_grad(): model(torch.zeros(1, 40, dtype=torch.int64))
     parts = flops_by_part(model, 40)
-    read = 2 * 2 * 40 * 2 * D * 16 if kind == "mamba" else 0  # reading its state is a product for torch; here it is of the recurrence
-    assert counter.get_total_flops() == parts.matrices + read
+    assert counter.get_total_flops() == parts.matrices
     with FlopCounterMode(display=False) as counter: convolved(model.blocks[0].recurrence.convolution.double(), torch.zeros(1, 40, model.blocks[0].recurrence.d_recurrent, dtype=torch.float64))
     assert counter.get_total_flops() * 2 == parts.convolution and parts.attention == 0
     assert flops(model, 40) == sum(parts) == 40 * flops(model, 1)
@@ -382,7 +381,7 @@ def test_bfloat16_is_near_float32_and_its_gradients_are_finite(kind, tokens):
     with torch.autocast("cpu", dtype=torch.bfloat16):
         low, state = model(tokens), model.new_state()
         parts = torch.cat([model(part, state) for part in tokens.split([1, 8], 1)], 1)
-    assert low.dtype == torch.bfloat16 and state.blocks[0].state.dtype == torch.float32
+    assert low.dtype == torch.bfloat16 and all(memory.state.dtype == torch.float32 for memory in state.blocks)
     for found in (low, parts): torch.testing.assert_close(found.float(), exact, rtol=.05, atol=.08)
     F.cross_entropy(low.flatten(0, 1).float(), tokens.flatten()).backward()
     assert all(p.grad.dtype == torch.float32 and p.grad.isfinite().all() for p in model.parameters())
@@ -393,7 +392,7 @@ def test_bfloat16_is_near_float32_and_its_gradients_are_finite(kind, tokens):
 NEEDS_COMPILER = pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler on this machine: torch.compile cannot be tried")
 
 @pytest.mark.timeout(300)
-@pytest.mark.parametrize("kind, backend", [*((kind, "aot_eager") for kind in MIXERS), pytest.param("hawk", "inductor", marks=NEEDS_COMPILER)])  # its C++ takes long: once
+@pytest.mark.parametrize("kind, backend", [("mingru", "aot_eager"), ("minlstm", "aot_eager"), ("mamba", "aot_eager"), pytest.param("hawk", "inductor", marks=NEEDS_COMPILER)])  # its C++ takes long: once
 def test_compiled_it_says_the_same(kind, backend, tokens):
     """In one graph, with its gradient."""
     torch.manual_seed(0)

@@ -197,9 +197,9 @@ def _chunk_gradient(dt, u, A, B, C, initial, grad_y, grad_last):
     grad_h = (grad_y[..., None] * C[..., None, :]).flip(1)
     after = torch.cat([torch.ones_like(a[:, :1]), a[:, 1:].flip(1)], 1)
     g = scan(after, grad_h, grad_last).flip(1)
-    s, read = g * torch.cat([initial[:, None], h[:, :-1]], 1) * a, (g @ B[..., None]).squeeze(-1)
+    s, read = g * torch.cat([initial[:, None], h[:, :-1]], 1) * a, (g * B[..., None, :]).sum(-1)
     grad_dt = (s * A).sum(-1) + u * read
-    return grad_dt, dt * read, (dt[..., None] * s).sum((0, 1)), ((dt * u)[..., None, :] @ g).squeeze(-2), (grad_y[..., None, :] @ h).squeeze(-2), a[:, 0] * g[:, 0]
+    return grad_dt, dt * read, (dt[..., None] * s).sum((0, 1)), ((dt * u)[..., None] * g).sum(-2), (grad_y[..., None] * h).sum(-2), a[:, 0] * g[:, 0]
 
 class _SelectiveScan(torch.autograd.Function):
     generate_vmap_rule = True
@@ -209,7 +209,7 @@ class _SelectiveScan(torch.autograd.Function):
         states, found = [initial], []
         for *parts, reader in zip(*(x.split(chunk, 1) for x in (dt, u, B, C))):
             _, h = _chunk_states(*parts[:2], A, parts[2], states[-1])
-            found.append((h @ reader[..., None]).squeeze(-1))
+            found.append((h * reader[..., None, :]).sum(-1))
             states.append(h[:, -1].clone())
         return torch.cat(found, 1), torch.stack(states, 1)
 
