@@ -11,6 +11,7 @@ import pytest
 from tformer_lab.runs.grid import combinations
 from tformer_lab.runs.sweep import read_sweep
 from tformer_lab.tasks.recall import Recall
+from tformer_lab.theory.teacher_student import bayes_optimal_smse
 from tformer_lab.training.parameters import resolve
 
 pytestmark = pytest.mark.timeout(400)
@@ -163,3 +164,55 @@ def test_reduced_forecasting_figures_show_bounds_where_there_are_any(reduced_for
     tables = forecasting_tables(reduced_forecasting[0])
     known = sum(tables["errors"].query("size == 'main'").groupby("data")[column].first().notna().sum() for column in tables["errors"] if column in ("valid/free_mae | bound", "valid/free_mse | bound", "valid/free_mae | exact", "valid/free_mse | exact"))
     assert bounds[0] == known >= 4 and not any(bounds[1:])
+
+
+# Teacher and student
+
+TEACHER = ["form", "teacher_width", "student_width", "ridge", "sample_ratio", "d_model", "length", "output", "label_noise"]
+
+
+def teacher_tables(folder): return {name: pd.read_csv(folder / f"teacher_student_{name}.csv", comment="#") for name in ("points", "spectra", "theory", "gamp")}
+
+
+def asked_of_students():
+    """Every setting of the sweep, in numbers."""
+    every = [resolve(one, others=set())[0] for one in combinations(read_sweep(PAPERS / "teacher_student.yaml")["parameters"])]
+    return {(task.form, *(rows / task.d_model for rows in task.widths), task.ridge, task.sample_ratio, task.d_model, task.length, task.output, task.label_noise) for task in every}
+
+
+def test_the_sweep_of_students_has_the_published_one_of_the_tied_form():
+    tied = {one for one in asked_of_students() if one[0] == "tied" and one[5:] == (100, 2, "softmax", "symmetric")}
+    assert len(tied) == 300 and len({one[4] for one in tied}) == 15 and {one[3] for one in tied} == {.1, .01, .001, 1e-4, 1e-5}
+    assert {one[1:3] for one in tied} == {(a, b) for a in (.5, 1.) for b in (.75, 1.)}
+
+
+def test_saved_points_hold_every_setting_but_the_smallest_ridges_with_eight_students():
+    points, wanted = teacher_tables(PAPERS / "results")["points"], asked_of_students()
+    found = of_settings(points, TEACHER)
+    assert found <= wanted and {one for one in wanted if one[3] >= .001} <= found and set(points["n"]) == {8}
+
+
+def test_saved_students_are_not_better_than_the_best_and_near_the_ridges_theory():
+    tables = teacher_tables(PAPERS / "results")
+    both = tables["points"].query("form == 'tied' and d_model == 100 and length == 2 and output == 'softmax' and label_noise == 'symmetric'").merge(tables["theory"], on=["teacher_width", "ridge", "sample_ratio"], suffixes=("", " predicted"))
+    assert len(both) >= 180 and (both["smse"] + both["smse ±"] > both["bayes"]).all() and (both["label_error"] + both["label_error ±"] > both["bayes_label_error"]).all()
+    enough = both.query("sample_ratio >= .1 and ridge >= .01")
+    assert (enough["smse"] / enough["smse predicted"] - 1).abs().max() < .07
+    for row in tables["theory"].query("ridge == .01").to_dict("records"): assert math.isclose(row["bayes"], float(bayes_optimal_smse(row["sample_ratio"], row["teacher_width"], .5)), rel_tol=1e-3)
+
+
+@pytest.fixture(scope="module")
+def reduced_students(tmp_path_factory): return remade("teacher_student", tmp_path_factory.mktemp("reduced"))
+
+
+def test_a_reduced_sweep_of_students_has_every_kind(reduced_students):
+    tables = teacher_tables(reduced_students[0])
+    kinds = {"form", "length", "output", "label_noise"}
+    own = [TEACHER.index(name) for name in TEACHER if name in kinds]
+    assert {tuple(one[i] for i in own) for one in of_settings(tables["points"], TEACHER)} == {tuple(one[i] for i in own) for one in asked_of_students()}
+    assert set(tables["points"]["n"]) == {2} and set(tables["theory"]["status"]) == {"converged"} and tables["gamp"]["gamp"].between(0, 2).all()
+
+
+def test_reduced_figures_of_students_show_the_best_error(reduced_students):
+    figures = [output.data["application/vnd.plotly.v1+json"] for cell in reduced_students[1].cells for output in cell.get("outputs", []) if "application/vnd.plotly.v1+json" in output.get("data", {})]
+    assert [any(trace.get("name") == "Bayes-optimal" for trace in figure["data"]) for figure in figures] == [True, True, False, False, True, True, False, False, False]
