@@ -30,9 +30,8 @@ from ..spectra.history import record
 from ..spectra.matrices import weight_matrices
 from ..tasks.task import Task, task_class
 from .evolution import ALGORITHMS, Evolution
-from .optimizers import make_optimizer
+from .optimizers import make_optimizer, rate_factor
 from .parameters import OWN, ParameterError, Trainer, build, check_names, did_you_mean, field_names, parameter_values, resolve, trainer_for
-
 
 # %% auto #0
 __all__ = ['POPULATION_SIZE', 'POPULATION_STREAM', 'log_spaced', 'spaced', 'map_batch', 'Batches', 'StopRequest', 'MetricsLog',
@@ -183,6 +182,7 @@ def make_accelerator(
     if trainer.precision == "float16" and accelerator.device.type == "cpu": raise ParameterError("precision = 'float16': on a CPU it should be 'float32' or 'bfloat16'")
     if trainer.batch_size % accelerator.num_processes or (trainer.samples or 0) % trainer.batch_size % accelerator.num_processes:
         raise ParameterError(f"batch_size = {trainer.batch_size}: {accelerator.num_processes} processes cannot share every batch evenly")
+    if (trainer.accumulate or 1) > trainer.batch_size // accelerator.num_processes: raise ParameterError(f"accumulate = {trainer.accumulate}: the share of each of {accelerator.num_processes} processes in a batch is {trainer.batch_size // accelerator.num_processes} examples")
     return accelerator
 
 def default_threads(model:nn.Module) -> int:
@@ -250,7 +250,8 @@ class Descent:
     def __init__(self,
         accelerator:Accelerator,
         optimizer:torch.optim.Optimizer, # As the accelerator has prepared it
-    ): self.accelerator, self.optimizer = accelerator, optimizer
+        clip:float|None=None, # Norm to which a larger gradient is shortened
+    ): self.accelerator, self.optimizer, self.clip = accelerator, optimizer, clip
 
     def settle(self,
         draw:Callable[[], tuple], # Gives a batch like those that follow
@@ -259,13 +260,29 @@ class Descent:
         "There is nothing to decide"
         return {}
 
-    def step(self,
+    def clear(self) -> None:
+        "Forget the gradient"
+        self.optimizer.zero_grad()
+
+    def add(self,
         loss:Tensor, # With its graph
+    ) -> None:
+        "Add the gradient of a loss"
+        self.accelerator.backward(loss)
+
+    def set_rate(self, lr:float) -> None:
+        "Take another learning rate from now on"
+        for group in self.optimizer.param_groups: group["lr"] = lr
+
+    def step(self,
+        loss:Tensor, # With its graph; without one its gradient has been added
         batch:tuple, # That it is of
     ) -> None:
         "One step of the optimizer"
-        self.optimizer.zero_grad()
-        self.accelerator.backward(loss)
+        if loss.requires_grad:
+            self.clear()
+            self.add(loss)
+        if self.clip is not None: self.accelerator.clip_grad_norm_([p for group in self.optimizer.param_groups for p in group["params"]], self.clip)
         self.optimizer.step()
 
     def state_dict(self) -> dict[str, Any]:
@@ -301,7 +318,7 @@ class Session:
         name = self.trainer.optimizer
         if name not in ALGORITHMS:
             model, optimizer = self.accelerator.prepare(model, make_optimizer(name, model.parameters(), self.trainer.lr, **({"eps": self.trainer.adam_eps} if self.trainer.adam_eps is not None else {})))
-            return model, Descent(self.accelerator, optimizer)
+            return model, Descent(self.accelerator, optimizer, self.trainer.clip)
         if self.processes > 1: raise ParameterError(f"optimizer = {name!r}: it trains in one process, and these are {self.processes}")
         prepared = self.accelerator.prepare(model)
         return prepared, Evolution(self.task, model, self.trainer)
@@ -311,12 +328,26 @@ class Session:
         return self.method.settle(lambda: self._to_device(self.task.batch(self.trainer.batch_size, np.random.default_rng([self.trainer.seed, 3]))), config)
 
     def loss(self, step:int) -> Tensor: # Scalar, on this process's part of the batch
-        "The loss on a step's batch"
-        self._batch = self._to_device(self.batches.batch(step))
-        return self.task.loss(self.model, self._batch)
+        "The loss on a step's batch; of one in parts the gradient is there, too"
+        self._step, self._batch = step, self._to_device(self.batches.batch(step))
+        return self.task.loss(self.model, self._batch) if (self.trainer.accumulate or 1) == 1 else self._in_parts()
+
+    def _in_parts(self):
+        "The same loss, and gradient, from parts of the batch one after the other"
+        n, learns, total = len(self._batch[0]), torch.is_grad_enabled(), 0.
+        count = min(self.trainer.accumulate, n)
+        if learns: self.method.clear()
+        for i in range(count):
+            start, end = n * i // count, n * (i + 1) // count
+            with self.accelerator.no_sync(self.model) if i + 1 < count else nullcontext():  # processes exchange gradients once
+                loss = self.task.loss(self.model, map_batch(lambda t: t[start:end], self._batch)) * ((end - start) / n)
+                if learns: self.method.add(loss)
+            total = total + loss.detach()
+        return total
 
     def update(self, loss:Tensor) -> None:
         "One step of the method, on the batch of that loss"
+        if self.trainer.warmup or self.trainer.schedule == "cosine": self.method.set_rate(self.trainer.lr * rate_factor(self._step, self.trainer.steps, self.trainer.warmup, self.trainer.schedule))
         self.method.step(loss, self._batch)
 
     def _to_device(self, batch):
