@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from tformer_lab.data.graphical import draw_kernels, generate
 from tformer_lab.models.recurrent import KINDS
+from tformer_lab.runs.results import results
 from tformer_lab.runs.store import Run
 from tformer_lab.tasks.forecast import Forecast
 from tformer_lab.tasks.graphical import Graphical
@@ -171,6 +172,14 @@ def test_papermill_trains_a_recurrent_model_and_shows_its_losses_by_position(tmp
     training, positions = outputs(nbformat.read(tmp_path / "out.ipynb", 4), "application/vnd.plotly.v1+json")[:2]
     assert {"train/loss", "valid/loss", "valid/excess", "valid/loss_1", "valid/loss_15"} <= {trace["name"] for trace in training["data"]}
     assert [trace["name"] for trace in positions["data"]] == ["minlstm", "entropy"]
+    own = next(o for o in run.optimum if o["metric"] == "valid/loss_15")
+    assert own["position"] == 15 and any(note["text"].startswith("valid/loss_15") and f"optimum {own['value']:.4g} (estimate)" in note["text"] for note in training["layout"]["annotations"])
+
+
+def test_results_are_told_as_excesses_at_positions_too(tiny, tmp_path):
+    run = fit(small(tiny), runs_dir=tmp_path, steps=2, batch_size=2, checkpoints=1, progress=False)
+    row, last, best = results(tmp_path).iloc[0], run.metrics.iloc[-1], {o["metric"]: o["value"] for o in run.optimum}
+    for metric in ("valid/loss", "valid/loss_4", "valid/loss_11"): assert row[f"{metric} excess"] == pytest.approx(last[metric] - best[metric])
 
 
 # The trainer
