@@ -10,17 +10,19 @@ from test_papermill import outputs, papermill
 from torch import nn
 from torch.nn import functional as F
 
-from tformer_lab.data.graphical import draw_kernels, generate
+from tformer_lab.data.graphical import draw_kernels, generate, generate_states
+from tformer_lab.data.graphs import read_graph
 from tformer_lab.models.recurrent import KINDS
 from tformer_lab.runs.results import results
 from tformer_lab.runs.store import Run
 from tformer_lab.tasks.forecast import Forecast
 from tformer_lab.tasks.graphical import Graphical
+from tformer_lab.tasks.probes import fit_probe, probe_states, probe_table
 from tformer_lab.tasks.recall import Recall
 from tformer_lab.tasks.task import Task, task_class
 from tformer_lab.tasks.teacher_student import TeacherStudent
 from tformer_lab.theory.graph_entropy import entropy_rate
-from tformer_lab.theory.graphical import log_likelihood, predict
+from tformer_lab.theory.graphical import filtered_states, log_likelihood, predict
 from tformer_lab.training.fit import Session, fit, resumed, trained
 from tformer_lab.training.optimizers import rate_factor
 from tformer_lab.training.parameters import ParameterError, Trainer, build, trainer_for
@@ -326,3 +328,82 @@ def test_the_trainer_refuses_what_makes_no_sense(wrong, said):
 def test_students_take_no_parts(tmp_path):
     with pytest.raises(ParameterError, match="accumulate = 2"): fit(TeacherStudent(d_model=10, students=2), accumulate=2, runs_dir=tmp_path / "runs")
     assert not (tmp_path / "runs").exists()
+
+
+# Probes
+
+def test_a_probe_is_the_multinomial_regression_of_a_peer():
+    linear_model = pytest.importorskip("sklearn.linear_model")
+    rng = np.random.default_rng(0)
+    x, y = rng.standard_normal((400, 3)) * [1, 10, .1], rng.integers(4, size=400)
+    x[:, 0] += y
+    probe = fit_probe(x, y, 4, ridge=1e-2)
+    theirs = linear_model.LogisticRegression(C=1 / (1e-2 * 400), tol=1e-10, max_iter=10_000).fit((x - x.mean(0)) / x.std(0), y)
+    np.testing.assert_allclose(probe.log_probabilities(x), theirs.predict_log_proba((x - x.mean(0)) / x.std(0)), atol=1e-3)
+
+
+class Reads(nn.Module):
+    """A model whose one layer holds the filter's log-probabilities, some tokens late if asked to."""
+    def __init__(self, kernels, name, late=0):
+        super().__init__()
+        self.kernels, self.name, self.late, self.vocab_size, self.unused = kernels, name, late, kernels.graph.vocab_size, nn.Parameter(torch.zeros(()))
+
+    def residual_stream(self, tokens):
+        known = filtered_states(self.kernels, tokens, [self.name])[self.name].clamp(min=1e-30).log()
+        return [known.roll(self.late, 1)]
+
+
+@pytest.mark.parametrize("name", ["slow", "dead", "Z"])
+def test_probes_of_the_filters_log_probabilities_reach_its_accuracy(name):
+    kernels = draw_kernels(read_graph(GRAPHS / "slow.yaml"))
+    row, late = (probe_states(Reads(kernels, name, late), kernels, 16, 900, [name], [(4, 15)]).iloc[0] for late in (0, 1))
+    assert abs(row["below_filter"]) < 3 * row["below_filter_error"] + 2e-3 and row["loss"] == pytest.approx(row["filter_loss"], abs=.01)
+    assert late["filter"] == row["filter"] and late["loss"] > row["loss"] + .05  # what is known a token later is another thing
+
+
+def test_the_filters_accuracy_is_what_counting_finds(tiny):
+    """Against the most frequent state given the tokens, among many sequences with the same ones."""
+    kernels = draw_kernels(read_graph(tiny))
+    states = generate_states(kernels, 60_000, 3, np.random.default_rng(0))
+    key = (states["X"] * torch.tensor([0, 4, 1])).sum(1)
+    seen = torch.zeros(16, 3).index_put((key, states["Z"][:, 2]), torch.ones(60_000), accumulate=True)
+    counted = (seen.max(1).values.sum() / 60_000).item()
+    row = probe_states(Reads(kernels, "Z"), kernels, 3, 6000, groups=[(2, 2)]).iloc[0]
+    assert abs(row["filter"] - counted) < 4 * (counted * (1 - counted) / 2000)**.5
+    assert row["chance"] == 1 / 3 and row["majority"] < row["filter"]
+
+
+def test_a_probe_of_nothing_says_the_majority_and_none_beats_the_filter(tiny):
+    kernels = draw_kernels(read_graph(tiny))
+    states = generate_states(kernels, 900, 12, np.random.default_rng(1))
+    noise = np.random.default_rng(2).standard_normal((900, 12, 5))
+    table = probe_table({"constant": np.ones((900, 12, 1)), "noise": noise, "tokens": np.eye(4)[states["X"]]}, {"Z": states["Z"]}, {"Z": 3}, filtered_states(kernels, states["X"]))
+    assert table.groupby("layer").size().tolist() == [2, 2, 2] and list(zip(table["first"], table["last"]))[::3] == [(1, 3), (4, 11)]
+    nothing = table[table["layer"] == "constant"]
+    assert nothing["accuracy"].tolist() == nothing["majority"].tolist()
+    assert (table["below_filter"] > -4 * table["below_filter_error"] - 1e-9).all() and (table["loss"] > table["filter_loss"] - .02).all()
+    assert table["below_filter"].tolist() == pytest.approx((table["filter"] - table["accuracy"]).tolist())
+    rows = {layer: table[table["layer"] == layer]["accuracy"].to_numpy() for layer in ("tokens", "constant")}
+    assert (rows["tokens"] >= rows["constant"] - .02).all()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_layer_of_every_model_is_probed(kind, tiny):
+    task = small(tiny, model=kind, n_layers=2)
+    model = task.model()
+    table = probe_states(model, task.kernels, 8, 30)
+    assert sorted(set(table["layer"])) == [0, 1, 2] and set(table["node"]) == {"Z"} and table.notna().all().all() and model.training
+    assert table.equals(probe_states(model, task.kernels, 8, 30)) and not table.equals(probe_states(model, task.kernels, 8, 30, seed=1))
+
+
+def test_where_there_is_no_filter_its_columns_are_empty(tmp_path):
+    (tmp_path / "context.yaml").write_text("- {name: A, states: 3, concentration: 0.3}\n- {name: B, states: 3, concentration: 0.3}\n- {name: X, states: 4, concentration: 0.3, parents: [A, B], mode: context, observed: true}\n")
+    task = small(str(tmp_path / "context.yaml"))
+    table = probe_states(task.model(), task.kernels, 6, 30)
+    assert table[["filter", "below_filter", "filter_loss"]].isna().all().all() and table[["accuracy", "majority"]].notna().all().all()
+
+
+@pytest.mark.parametrize("how, said", [(dict(names=["Y"]), "no hidden node"), (dict(groups=[(3, 2)]), "positions 3 to 2"), (dict(n=2), "2 or more"), (dict(ridge=0), "ridge is 0"), (dict(length=0), "length is 0")], ids=str)
+def test_wrong_probes_are_refused(how, said, tiny):
+    task = small(tiny)
+    with pytest.raises(ValueError, match=said): probe_states(task.model(), task.kernels, **{"length": 8, "n": 30, **how})
