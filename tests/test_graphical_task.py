@@ -315,6 +315,14 @@ def test_a_run_with_parts_clipping_and_a_schedule_goes_on_bit_for_bit(tiny, tmp_
         for name, weight in whole.checkpoints[24].items(): assert torch.equal(again.checkpoints[24][name], weight)
 
 
+def test_speed_is_told_beside_the_records_and_not_in_them(tiny, tmp_path):
+    run = fit(small(tiny), runs_dir=tmp_path, steps=9, batch_size=8, samples=12, checkpoints=1, progress=False)
+    speed = run.status_details["speed"]
+    assert speed["tokens_per_second"] == pytest.approx(11 * speed["examples_per_second"], rel=2e-3) and speed["examples_per_second"] / speed["updates_per_second"] == pytest.approx(5.5, rel=2e-3)  # after the first: batches of 4 and 8 in turn
+    assert speed["process_memory"] > 1e7 and not [name for name in run.metrics if "second" in name]
+    assert "speed" not in fit(small(tiny), runs_dir=tmp_path, steps=1, batch_size=8, checkpoints=1, progress=False).status_details
+
+
 REFUSED = [(dict(optimizer="es", accumulate=2), "accumulate is for optimizers that follow a gradient"), (dict(optimizer="ga", clip=1.), "clip is for"), (dict(optimizer="es", warmup=5), "warmup is for"),
            (dict(optimizer="ga", schedule="constant"), "schedule is for"), (dict(optimizer="normalized_gd", clip=1.), "clip is for"), (dict(warmup=100, steps=100), "less than steps"), (dict(accumulate=9, batch_size=8), "no more parts"),
            (dict(clip=0), "clip = 0"), (dict(schedule="cosin"), "did you mean 'cosine'"), (dict(accumulate=0), "accumulate = 0"), (dict(warmup=True), "warmup = True")]

@@ -161,6 +161,11 @@ class Graphical:
         return None if self._surprise is None else predict(self.kernels, self.test[:count, :-1])
 
     @property
+    def tokens_per_example(self) -> int:
+        "Those that are predicted, for the count of tokens per second"
+        return self.length - 1
+
+    @property
     def positions(self) -> list[int]:
         "Tokens whose loss is recorded: 1, 4, 16, … and the last"
         return sorted({4**i for i in range(32) if 4**i < self.length} | {self.length - 1})

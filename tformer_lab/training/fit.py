@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import math
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -36,8 +37,8 @@ from .parameters import OWN, ParameterError, Trainer, build, check_names, did_yo
 # %% auto #0
 __all__ = ['POPULATION_SIZE', 'POPULATION_STREAM', 'log_spaced', 'spaced', 'map_batch', 'Batches', 'StopRequest', 'MetricsLog',
            'make_accelerator', 'default_threads', 'Patience', 'make_patience', 'check_task', 'population_size',
-           'Descent', 'Session', 'Loop', 'own_label', 'label', 'describe', 'announce', 'resumed', 'check_same',
-           'check_tracking', 'fit', 'trained', 'Job', 'prepare']
+           'Descent', 'Session', 'Stopwatch', 'Loop', 'own_label', 'label', 'describe', 'announce', 'resumed',
+           'check_same', 'check_tracking', 'fit', 'trained', 'Job', 'prepare']
 
 # %% ../../nbs/training/fit.ipynb #9e989a88
 def log_spaced(
@@ -332,6 +333,11 @@ class Session:
         self._step, self._batch = step, self._to_device(self.batches.batch(step))
         return self.task.loss(self.model, self._batch) if (self.trainer.accumulate or 1) == 1 else self._in_parts()
 
+    @property
+    def examples(self) -> int:
+        "In the last batch, over all processes"
+        return len(self._batch[0]) * self.processes
+
     def _in_parts(self):
         "The same loss, and gradient, from parts of the batch one after the other"
         n, learns, total = len(self._batch[0]), torch.is_grad_enabled(), 0.
@@ -409,6 +415,45 @@ class Session:
         torch.set_rng_state(random["cpu"])
         if random["cuda"] is not None and self.accelerator.device.type == "cuda": torch.cuda.set_rng_state(random["cuda"])
 
+# %% ../../nbs/training/fit.ipynb #5f321a97
+class Stopwatch:
+    "Time, examples and memory of updates"
+    def __init__(self,
+        device:torch.device,
+        waits:bool=True, # Wait for a GPU when the clock is stopped?
+    ):
+        self.device, self.waits, self.updates, self.examples, self.seconds = device, waits and device.type == "cuda", 0, 0, 0.
+        if device.type == "cuda": torch.cuda.reset_peak_memory_stats(device)
+
+    def start(self) -> None:
+        "Before an update"
+        self._since = time.perf_counter()
+
+    def stop(self,
+        examples:int, # Of the update
+        pausing:bool=False, # Is something else done before the next one?
+    ) -> None:
+        "After an update"
+        if self.waits and pausing: torch.cuda.synchronize(self.device)
+        if self.updates:
+            self.seconds += time.perf_counter() - self._since
+            self.examples += examples
+        self.updates += 1
+
+    def _memory(self):
+        if self.device.type == "cuda": return {"gpu_memory": torch.cuda.max_memory_allocated(self.device)}
+        if sys.platform == "win32": return {}
+        import resource
+        return {"process_memory": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)}
+
+    def found(self,
+        tokens:int|None=None, # In an example; None: there are none
+    ) -> dict[str, float]: # Memory in bytes
+        "What status.json says; nothing of fewer than two updates"
+        if not self.seconds: return {}
+        rates = {"updates": (self.updates - 1) / self.seconds, "examples": self.examples / self.seconds, **({} if tokens is None else {"tokens": tokens * self.examples / self.seconds})}
+        return {"seconds": round(self.seconds, 3), **{f"{name}_per_second": float(f"{rate:.4g}") for name, rate in rates.items()}, **self._memory()}
+
 # %% ../../nbs/training/fit.ipynb #49e0c30f
 class Loop:
     "Takes a session through its steps and records what it does"
@@ -422,6 +467,7 @@ class Loop:
         self.recorded = set(spaced(self.trainer.steps, self.trainer.checkpoints, self.trainer.spacing))
         self.evaluated = self.recorded | self._evaluation_steps()
         self.log, self._saved = MetricsLog(self._write), time.monotonic()
+        self.watch = Stopwatch(session.accelerator.device, waits=4 * len(self.evaluated) < self.trainer.steps)
         self.bar = tqdm(total=self.trainer.steps, desc="training", unit="step", mininterval=1, disable=not (progress and writer))
 
     def _evaluation_steps(self):
@@ -481,6 +527,7 @@ class Loop:
         try: return self._run(start)
         finally:
             self.bar.close()
+            if self.writer is not None: self.writer.speed = self.watch.found(getattr(self.session.task, "tokens_per_example", None))
             self.log.flush(check=False)  # what was recorded before an error
 
     def _run(self, start):
@@ -493,10 +540,12 @@ class Loop:
             finished = self._finishes(step)
             metrics = self.session.evaluate() if step in self.evaluated or finished else {}
             ended = step == last or finished or bool(metrics) and self._ends(step, metrics)
+            self.watch.start()
             with torch.set_grad_enabled(not ended and self.session.method.follows_gradient): loss = self.session.loss(step)
             self.log.add(step, {"train/loss": self.session.mean(loss.detach()), **metrics})
             if ended: break
             self.session.update(loss)
+            self.watch.stop(self.session.examples, step + 1 in self.evaluated)
         self.log.flush()
 
 # %% ../../nbs/training/fit.ipynb #6031ddfc
