@@ -21,9 +21,9 @@ from tformer_lab.tasks.recall import Recall
 from tformer_lab.training.fit import fit, resumed
 
 if __name__ == "__main__":
-    for name, samples, minutes in (("population", None, None), ("finite", 80, None), ("resumed", None, 1e-6)):
-        runs = Path(sys.argv[1]) / name
-        run = fit(Recall(length=32), runs_dir=runs, steps=30, batch_size=32, samples=samples, population_size=64 if samples else None, checkpoints=4, progress=False, time_limit=minutes)
+    for name, samples, minutes in (("population", None, None), ("finite", 80, None), ("parts", 80, None), ("resumed", None, 1e-6)):
+        runs, parts = Path(sys.argv[1]) / name, dict(optimizer="sgd", accumulate=3, clip=.1, warmup=5, schedule="cosine") if name == "parts" else {}
+        run = fit(Recall(length=32), runs_dir=runs, steps=30, batch_size=32, samples=samples, population_size=64 if samples else None, checkpoints=4, progress=False, time_limit=minutes, **parts)
         sys.stdout.write(f"{name} has {'no run' if run is None else run.status}\\n")
         sys.stdout.flush()
     stopped = Run(next(runs.iterdir()))
@@ -57,6 +57,13 @@ def test_two_processes_learn_what_one_does_from_the_joint_batch(two, name, sampl
     for name in alone.spectra.matrices: assert np.allclose(run.checkpoints[30][name], alone.checkpoints[30][name], atol=1e-4)
 
 
+def test_processes_share_a_batch_in_parts_its_clipped_gradient_and_the_schedule(two, tmp_path):
+    [path] = (two[0] / "parts").iterdir()
+    run, whole = Run(path), fit(Recall(length=32), runs_dir=tmp_path, steps=30, batch_size=32, samples=80, population_size=64, checkpoints=4, progress=False, optimizer="sgd", clip=.1, warmup=5, schedule="cosine")
+    assert run.config["trainer"]["accumulate"] == 3 and np.allclose(run.metrics, whole.metrics, rtol=1e-4, equal_nan=True)
+    for name in whole.spectra.matrices: assert np.allclose(run.checkpoints[30][name], whole.checkpoints[30][name], atol=1e-5)
+
+
 def test_only_the_first_process_has_the_run(two):
     said = [line for line in two[1].splitlines() if " has " in line]
-    assert sorted(said) == sorted([*(f"{name} has no run" for name in ("population", "finite", "resumed")), "population has done", "finite has done", "resumed has stopped"])
+    assert sorted(said) == sorted([*(f"{name} has no run" for name in ("population", "finite", "parts", "resumed")), "population has done", "finite has done", "parts has done", "resumed has stopped"])

@@ -16,7 +16,7 @@ from plotly.subplots import make_subplots
 # %% auto #0
 __all__ = ['COLORS', 'HEAT', 'GRID', 'REFERENCE', 'style', 'StepAxis', 'step_axis', 'shade', 'visible', 'drawn_ranks',
            'value_range', 'spectrum_traces', 'log_ticks', 'spectrum_axis', 'spectrum_figure', 'heatmap_figure',
-           'optimum_trace', 'reference_trace', 'curve_trace', 'curve_range', 'legend_room', 'curve_figure',
+           'optimum_trace', 'reference_trace', 'curve_trace', 'curve_range', 'legend_room', 'own_lines', 'curve_figure',
            'training_figure', 'scrub_figure']
 
 # %% ../../nbs/dashboards/figures.ipynb #d1afd109
@@ -227,6 +227,14 @@ def legend_room(
     "What more than one row of it needs: two names fit beside each other"
     return 20 * max(0, (lines - 1) // 2)
 
+def own_lines(
+    optimum:Sequence[Mapping[str, Any]], # As in a run's config
+    name:str, # The metric
+) -> list[Mapping[str, Any]]:
+    "The optima that are lines across a metric's panel: not those of several positions, which are a curve of their own"
+    its = [o for o in optimum if o["metric"] == name]
+    return its if len(its) == 1 else [o for o in its if o.get("position") is None]
+
 def curve_figure(
     steps:Sequence[int], # [records]
     values:Sequence[float], # [records], NaN where it was not recorded
@@ -240,7 +248,7 @@ def curve_figure(
     "One metric over training beside its optimum"
     axis = axis or step_axis(steps)
     references = [r for r in references if r["metric"] == name]
-    lines = [*(reference_trace(r, axis) for r in references), *(optimum_trace(o, axis) for o in optimum if o["metric"] == name and o.get("position") is None)]
+    lines = [*(reference_trace(r, axis) for r in references), *(optimum_trace(o, axis) for o in own_lines(optimum, name))]
     figure = style(go.Figure([curve_trace(steps, values, axis, name), *lines]), 320 + legend_room(len(lines)), title)
     figure.layout.margin.t += legend_room(len(lines))
     figure.update_yaxes(title={"text": escape(name), "standoff": 6}, range=curve_range([*values, *(r["value"] for r in references), *(o["value"] for o in optimum if o["metric"] == name)]))
@@ -270,7 +278,7 @@ def training_figure(
 
 def _head(name, optimum, references):
     "A metric's name, and below it what no curve can hide there: the values of its lines"
-    lines = [(COLORS["optimum"], f'┄ optimum {o["value"]:.4g} ({o.get("kind", "exact")})') for o in optimum if o["metric"] == name and o.get("position") is None]
+    lines = [(COLORS["optimum"], f'┄ optimum {o["value"]:.4g} ({o.get("kind", "exact")})') for o in own_lines(optimum, name)]
     lines += [(REFERENCE, f'┈ {escape(str(r.get("name", "reference")))} {r["value"]:.4g}') for r in references if r["metric"] == name]
     return escape(name) + "".join(f'<br><span style="color:{color};font-size:11px">{text}</span>' for color, text in lines)
 

@@ -28,7 +28,8 @@ def _parameters(config):
 
 def _excesses(run, last):
     "How far metrics are from their optima"
-    known = {o["metric"]: o["value"] for o in run.optimum if o.get("position") is None}
+    metrics = [o["metric"] for o in run.optimum]
+    known = {o["metric"]: o["value"] for o in run.optimum if o.get("position") is None or metrics.count(o["metric"]) == 1}
     return {f"{name} excess": last[name] - value for name, value in known.items() if name in last}
 
 def _row_of(path, given):

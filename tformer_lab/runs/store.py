@@ -275,6 +275,7 @@ class RunWriter:
         try: self._lock.acquire(timeout=2)
         except Timeout: raise RunError(f"{run.path} is being written by another process") from None
         self._before = run.status_details if (run.path / "status.json").exists() else None
+        self.speed:dict[str, Any] = {}  # what the trainer measures: not a record, which is the same at each run
         self._started, self._file, self.step = now(), open(run.path / "metrics.jsonl", "ab", buffering=0), (self._before or {}).get("step")
         for stray in (*run.path.glob(".*.tmp"), *run.path.glob("*/.*.tmp")): stray.unlink(missing_ok=True)
         self.say("running")
@@ -284,7 +285,7 @@ class RunWriter:
         error:str|None=None, # Why it failed
     ) -> None:
         "Write the run's status"
-        said = {"status": status, "step": self.step, "error": error, "started": self._started, "updated": now(), "pid": os.getpid(), "host": platform.node()}
+        said = {"status": status, "step": self.step, "error": error, "started": self._started, "updated": now(), "pid": os.getpid(), "host": platform.node(), **({"speed": self.speed} if self.speed else {})}
         write_atomically(self.run.path / "status.json", json.dumps(said, indent=1).encode())
 
     def log(self,

@@ -123,6 +123,7 @@ class TeacherStudent:
     def check_trainer(self, trainer) -> None: # Raises ValueError
         "Refuse what would make it another experiment"
         if trainer.samples != self.samples: raise ValueError(f"samples = {trainer.samples}: with sample_ratio = {self.sample_ratio:g} and d_model = {self.d_model} there are {self.samples}; set sample_ratio")
+        if (trainer.accumulate or 1) > 1: raise ValueError(f"accumulate = {trainer.accumulate}: whether a student has ended is said by a step on all its samples at once")
         if not trainer.optimizer.startswith(("adam", "sgd", "normalized")): raise ValueError(f"optimizer = {trainer.optimizer!r}: students follow a gradient")
         if torch.distributed.is_available() and torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1: raise ValueError("teacher_student trains all its students in one process")
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import math
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -30,15 +31,14 @@ from ..spectra.history import record
 from ..spectra.matrices import weight_matrices
 from ..tasks.task import Task, task_class
 from .evolution import ALGORITHMS, Evolution
-from .optimizers import make_optimizer
+from .optimizers import make_optimizer, rate_factor
 from .parameters import OWN, ParameterError, Trainer, build, check_names, did_you_mean, field_names, parameter_values, resolve, trainer_for
-
 
 # %% auto #0
 __all__ = ['POPULATION_SIZE', 'POPULATION_STREAM', 'log_spaced', 'spaced', 'map_batch', 'Batches', 'StopRequest', 'MetricsLog',
            'make_accelerator', 'default_threads', 'Patience', 'make_patience', 'check_task', 'population_size',
-           'Descent', 'Session', 'Loop', 'own_label', 'label', 'describe', 'announce', 'resumed', 'check_same',
-           'check_tracking', 'fit', 'trained', 'Job', 'prepare']
+           'Descent', 'Session', 'Stopwatch', 'Loop', 'own_label', 'label', 'describe', 'announce', 'resumed',
+           'check_same', 'check_tracking', 'fit', 'trained', 'Job', 'prepare']
 
 # %% ../../nbs/training/fit.ipynb #9e989a88
 def log_spaced(
@@ -183,6 +183,7 @@ def make_accelerator(
     if trainer.precision == "float16" and accelerator.device.type == "cpu": raise ParameterError("precision = 'float16': on a CPU it should be 'float32' or 'bfloat16'")
     if trainer.batch_size % accelerator.num_processes or (trainer.samples or 0) % trainer.batch_size % accelerator.num_processes:
         raise ParameterError(f"batch_size = {trainer.batch_size}: {accelerator.num_processes} processes cannot share every batch evenly")
+    if (trainer.accumulate or 1) > trainer.batch_size // accelerator.num_processes: raise ParameterError(f"accumulate = {trainer.accumulate}: the share of each of {accelerator.num_processes} processes in a batch is {trainer.batch_size // accelerator.num_processes} examples")
     return accelerator
 
 def default_threads(model:nn.Module) -> int:
@@ -250,7 +251,8 @@ class Descent:
     def __init__(self,
         accelerator:Accelerator,
         optimizer:torch.optim.Optimizer, # As the accelerator has prepared it
-    ): self.accelerator, self.optimizer = accelerator, optimizer
+        clip:float|None=None, # Norm to which a larger gradient is shortened
+    ): self.accelerator, self.optimizer, self.clip = accelerator, optimizer, clip
 
     def settle(self,
         draw:Callable[[], tuple], # Gives a batch like those that follow
@@ -259,13 +261,29 @@ class Descent:
         "There is nothing to decide"
         return {}
 
-    def step(self,
+    def clear(self) -> None:
+        "Forget the gradient"
+        self.optimizer.zero_grad()
+
+    def add(self,
         loss:Tensor, # With its graph
+    ) -> None:
+        "Add the gradient of a loss"
+        self.accelerator.backward(loss)
+
+    def set_rate(self, lr:float) -> None:
+        "Take another learning rate from now on"
+        for group in self.optimizer.param_groups: group["lr"] = lr
+
+    def step(self,
+        loss:Tensor, # With its graph; without one its gradient has been added
         batch:tuple, # That it is of
     ) -> None:
         "One step of the optimizer"
-        self.optimizer.zero_grad()
-        self.accelerator.backward(loss)
+        if loss.requires_grad:
+            self.clear()
+            self.add(loss)
+        if self.clip is not None: self.accelerator.clip_grad_norm_([p for group in self.optimizer.param_groups for p in group["params"]], self.clip)
         self.optimizer.step()
 
     def state_dict(self) -> dict[str, Any]:
@@ -301,7 +319,7 @@ class Session:
         name = self.trainer.optimizer
         if name not in ALGORITHMS:
             model, optimizer = self.accelerator.prepare(model, make_optimizer(name, model.parameters(), self.trainer.lr, **({"eps": self.trainer.adam_eps} if self.trainer.adam_eps is not None else {})))
-            return model, Descent(self.accelerator, optimizer)
+            return model, Descent(self.accelerator, optimizer, self.trainer.clip)
         if self.processes > 1: raise ParameterError(f"optimizer = {name!r}: it trains in one process, and these are {self.processes}")
         prepared = self.accelerator.prepare(model)
         return prepared, Evolution(self.task, model, self.trainer)
@@ -311,12 +329,31 @@ class Session:
         return self.method.settle(lambda: self._to_device(self.task.batch(self.trainer.batch_size, np.random.default_rng([self.trainer.seed, 3]))), config)
 
     def loss(self, step:int) -> Tensor: # Scalar, on this process's part of the batch
-        "The loss on a step's batch"
-        self._batch = self._to_device(self.batches.batch(step))
-        return self.task.loss(self.model, self._batch)
+        "The loss on a step's batch; of one in parts the gradient is there, too"
+        self._step, self._batch = step, self._to_device(self.batches.batch(step))
+        return self.task.loss(self.model, self._batch) if (self.trainer.accumulate or 1) == 1 else self._in_parts()
+
+    @property
+    def examples(self) -> int:
+        "In the last batch, over all processes"
+        return len(self._batch[0]) * self.processes
+
+    def _in_parts(self):
+        "The same loss, and gradient, from parts of the batch one after the other"
+        n, learns, total = len(self._batch[0]), torch.is_grad_enabled(), 0.
+        count = min(self.trainer.accumulate, n)
+        if learns: self.method.clear()
+        for i in range(count):
+            start, end = n * i // count, n * (i + 1) // count
+            with self.accelerator.no_sync(self.model) if i + 1 < count else nullcontext():  # processes exchange gradients once
+                loss = self.task.loss(self.model, map_batch(lambda t: t[start:end], self._batch)) * ((end - start) / n)
+                if learns: self.method.add(loss)
+            total = total + loss.detach()
+        return total
 
     def update(self, loss:Tensor) -> None:
         "One step of the method, on the batch of that loss"
+        if self.trainer.warmup or self.trainer.schedule == "cosine": self.method.set_rate(self.trainer.lr * rate_factor(self._step, self.trainer.steps, self.trainer.warmup, self.trainer.schedule))
         self.method.step(loss, self._batch)
 
     def _to_device(self, batch):
@@ -378,6 +415,45 @@ class Session:
         torch.set_rng_state(random["cpu"])
         if random["cuda"] is not None and self.accelerator.device.type == "cuda": torch.cuda.set_rng_state(random["cuda"])
 
+# %% ../../nbs/training/fit.ipynb #5f321a97
+class Stopwatch:
+    "Time, examples and memory of updates"
+    def __init__(self,
+        device:torch.device,
+        waits:bool=True, # Wait for a GPU when the clock is stopped?
+    ):
+        self.device, self.waits, self.updates, self.examples, self.seconds = device, waits and device.type == "cuda", 0, 0, 0.
+        if device.type == "cuda": torch.cuda.reset_peak_memory_stats(device)
+
+    def start(self) -> None:
+        "Before an update"
+        self._since = time.perf_counter()
+
+    def stop(self,
+        examples:int, # Of the update
+        pausing:bool=False, # Is something else done before the next one?
+    ) -> None:
+        "After an update"
+        if self.waits and pausing: torch.cuda.synchronize(self.device)
+        if self.updates:
+            self.seconds += time.perf_counter() - self._since
+            self.examples += examples
+        self.updates += 1
+
+    def _memory(self):
+        if self.device.type == "cuda": return {"gpu_memory": torch.cuda.max_memory_allocated(self.device)}
+        if sys.platform == "win32": return {}
+        import resource
+        return {"process_memory": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)}
+
+    def found(self,
+        tokens:int|None=None, # In an example; None: there are none
+    ) -> dict[str, float]: # Memory in bytes
+        "What status.json says; nothing of fewer than two updates"
+        if not self.seconds: return {}
+        rates = {"updates": (self.updates - 1) / self.seconds, "examples": self.examples / self.seconds, **({} if tokens is None else {"tokens": tokens * self.examples / self.seconds})}
+        return {"seconds": round(self.seconds, 3), **{f"{name}_per_second": float(f"{rate:.4g}") for name, rate in rates.items()}, **self._memory()}
+
 # %% ../../nbs/training/fit.ipynb #49e0c30f
 class Loop:
     "Takes a session through its steps and records what it does"
@@ -391,6 +467,7 @@ class Loop:
         self.recorded = set(spaced(self.trainer.steps, self.trainer.checkpoints, self.trainer.spacing))
         self.evaluated = self.recorded | self._evaluation_steps()
         self.log, self._saved = MetricsLog(self._write), time.monotonic()
+        self.watch = Stopwatch(session.accelerator.device, waits=4 * len(self.evaluated) < self.trainer.steps)
         self.bar = tqdm(total=self.trainer.steps, desc="training", unit="step", mininterval=1, disable=not (progress and writer))
 
     def _evaluation_steps(self):
@@ -450,6 +527,7 @@ class Loop:
         try: return self._run(start)
         finally:
             self.bar.close()
+            if self.writer is not None: self.writer.speed = self.watch.found(getattr(self.session.task, "tokens_per_example", None))
             self.log.flush(check=False)  # what was recorded before an error
 
     def _run(self, start):
@@ -462,10 +540,12 @@ class Loop:
             finished = self._finishes(step)
             metrics = self.session.evaluate() if step in self.evaluated or finished else {}
             ended = step == last or finished or bool(metrics) and self._ends(step, metrics)
+            self.watch.start()
             with torch.set_grad_enabled(not ended and self.session.method.follows_gradient): loss = self.session.loss(step)
             self.log.add(step, {"train/loss": self.session.mean(loss.detach()), **metrics})
             if ended: break
             self.session.update(loss)
+            self.watch.stop(self.session.examples, step + 1 in self.evaluated)
         self.log.flush()
 
 # %% ../../nbs/training/fit.ipynb #6031ddfc

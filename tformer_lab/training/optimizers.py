@@ -5,6 +5,7 @@
 # %% ../../nbs/training/optimizers.ipynb #654af0bb
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from inspect import unwrap
 
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor
 
 # %% auto #0
-__all__ = ['OPTIMIZERS', 'frobenius_norm', 'NormalizedGD', 'make_optimizer']
+__all__ = ['OPTIMIZERS', 'frobenius_norm', 'NormalizedGD', 'make_optimizer', 'rate_factor']
 
 # %% ../../nbs/training/optimizers.ipynb #c3ad046d
 def frobenius_norm(
@@ -64,3 +65,14 @@ def make_optimizer(
     "An optimizer by its name"
     if name not in OPTIMIZERS: raise ValueError(f"there is no optimizer {name!r}; there are {', '.join(OPTIMIZERS)}")
     return OPTIMIZERS[name](params, lr=lr, **own)
+
+# %% ../../nbs/training/optimizers.ipynb #377860a4
+def rate_factor(
+    update:int, # 0 for the first
+    updates:int, # In all
+    warmup:int=0, # Of them, in which the rate grows
+    schedule:str="constant", # Or cosine
+) -> float: # In (0, 1]
+    "What the learning rate is multiplied with"
+    if update < warmup: return (update + 1) / (warmup + 1)
+    return 1. if schedule == "constant" else .5 * (1 + math.cos(math.pi * (update - warmup) / (updates - warmup)))

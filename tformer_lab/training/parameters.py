@@ -24,23 +24,29 @@ __all__ = ['OWN', 'Trainer', 'ParameterError', 'did_you_mean', 'build', 'check_n
 OWN:dict[str, dict[str, Any]] = {  # what one kind of optimizer has and others have not, with its default
     "es": {"lr": .05, "candidates": 256, "candidates_at_once": None, "es_sigma": .15},
     "ga": {"candidates": 300, "candidates_at_once": None, "ga_tournament": 3, "ga_eta": 15., "ga_mutation": .05}}
-_GRADIENT, _ADAM = {"lr": 1e-3}, {"adam_eps": 1e-8}  # of all the others, and what two of them have besides
-_SPECIAL = dict.fromkeys(name for own in (_GRADIENT, _ADAM, *OWN.values()) for name in own)
+_GRADIENT = {"lr": 1e-3, "accumulate": 1, "warmup": 0, "schedule": "constant"}  # of all the others
+_CLIPPED, _ADAM = {"clip": None}, {"adam_eps": 1e-8}  # what some of them have besides: a normalized gradient has its length anyway
+_BESIDES = {"sgd": _CLIPPED, "adam": {**_CLIPPED, **_ADAM}, "adamw": {**_CLIPPED, **_ADAM}}
+_SPECIAL = dict.fromkeys(name for own in (_GRADIENT, *_BESIDES.values(), *OWN.values()) for name in own)
 
 def _own(optimizer):
     "What an optimizer has and some others have not, with its default"
-    return {**OWN.get(optimizer, _GRADIENT), **(_ADAM if optimizer in ("adam", "adamw") else {})}
+    return {**OWN.get(optimizer, _GRADIENT), **_BESIDES.get(optimizer, {})}
 
 @dataclass(config=ConfigDict(extra="forbid"), frozen=True, kw_only=True)
 class Trainer:
     "How a task is trained"
     steps:int = Field(2000, ge=1) # Updates
     batch_size:int = Field(512, ge=1) # Examples in a batch, over all processes
+    accumulate:int|None = Field(None, ge=1) # Parts in which each batch is worked off, their gradients added up: less memory, the same step; None: 1, es and ga have none
     samples:int|None = Field(None, ge=1) # Examples of a finite training set; None: fresh ones for each batch
     population_size:int|None = Field(None, ge=1) # With samples: fresh examples that measure the population loss; None: the task's own number, else 20480
     optimizer:Literal["normalized_gd", "sgd", "adam", "adamw", "es", "ga"] = "adam"
     lr:float|None = Field(None, gt=0, allow_inf_nan=False) # Learning rate; None: 0.001, of es 0.05; ga has none
     adam_eps:float|None = Field(None, gt=0, allow_inf_nan=False) # adam, adamw: added to the root of the mean squared gradient; None: 1e-8
+    clip:float|None = Field(None, gt=0, allow_inf_nan=False) # sgd, adam, adamw: norm of the joint gradient to which a larger one is shortened; None: it is not
+    warmup:int|None = Field(None, ge=0) # First updates in which the learning rate grows linearly; None: 0, es and ga have none
+    schedule:Literal["constant", "cosine"]|None = None # Of the learning rate after them, cosine: to zero with the last update; None: constant, es and ga have none
     seed:int = Field(0, ge=0, lt=2**32) # Of the initial weights, the batches and their order
     checkpoints:int = Field(50, ge=1) # Steps at which spectra are recorded, the last among them; step 0 comes on top
     evaluations:int|None = Field(None, ge=1) # Steps at which the task's evaluation is recorded; None: all, or the ends of epochs
@@ -62,6 +68,8 @@ class Trainer:
     @model_validator(mode="after")
     def _fits(self):
         if self.population_size and not self.samples: raise ValueError("population_size is for a finite training set: give samples, too")
+        if self.accumulate and self.accumulate > self.batch_size: raise ValueError(f"accumulate is {self.accumulate}: a batch of {self.batch_size} examples has no more parts than examples")
+        if self.warmup and self.warmup >= self.steps: raise ValueError(f"warmup is {self.warmup}: it should be less than steps, {self.steps}, or the learning rate is never reached")
         own = _own(self.optimizer)
         for name in _SPECIAL:
             if name in own and getattr(self, name) is None: object.__setattr__(self, name, own[name])
@@ -70,7 +78,7 @@ class Trainer:
 
 def _takers(name):
     "The optimizers that have a parameter, in words"
-    return " and ".join([*(["optimizers that follow a gradient"] if name in _GRADIENT else []), *(f"optimizer = {kind!r}" for kind, own in {"adam": _ADAM, "adamw": _ADAM, **OWN}.items() if name in own)])
+    return " and ".join([*(["optimizers that follow a gradient"] if name in _GRADIENT else []), *(f"optimizer = {kind!r}" for kind, own in {**_BESIDES, **OWN}.items() if name in own)])
 
 # %% ../../nbs/training/parameters.ipynb #af19e2ae
 class ParameterError(ValueError):
