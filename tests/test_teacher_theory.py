@@ -231,18 +231,18 @@ def test_labels_that_have_no_error_are_refused(call, said):
 def test_the_best_errors_over_a_wide_grid():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        alphas, deltas = np.geomspace(.01, 5, 5), (0., .01, 3.)
-        for rho in (.03, .75, 3.):
+        alphas, deltas = np.geomspace(.01, 5, 10), (0., .01, .5, 3.)  # 400 points
+        for rho in (.03, .3, .75, 1., 3.):
             best = np.array([[bayes_optimal_smse(alphas, rho, delta, L) for delta in deltas] for L in (2, 4)])
             assert np.isfinite(best).all() and (best >= 0).all() and (best <= 1).all() and (np.diff(best, axis=1) >= -1e-9).all() and (np.diff(best, axis=2) <= 1e-9).all() and (best[1] <= best[0] + 1e-9).all()
 
 
-def test_the_bracket_in_its_corners():
+def test_the_bracket_over_a_wide_grid():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        for rho in (.05, 2.5):
-            for delta in (0., .1):
-                lower, upper, approximation = untied_bounds(np.array([.01, .3, 5.]), rho, delta)
+        for rho in (.05, .3, .75, 1., 2.5):  # 400 points
+            for delta in (0., .01, .1, .5, 3.):
+                lower, upper, approximation = untied_bounds(np.geomspace(.01, 5, 16), rho, delta)
                 assert np.isfinite([lower, upper, approximation]).all() and (lower <= approximation + 1e-7).all() and (approximation <= upper + 1e-7).all() and (upper <= 1).all()
     assert untied_bounds(.8, .5, .5).approximation == pytest.approx(.2387, abs=5e-4)
 
