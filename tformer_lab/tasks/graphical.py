@@ -28,7 +28,7 @@ from ..theory.graphical import log_likelihood, predict
 if TYPE_CHECKING: import plotly.graph_objects as go
 
 # %% auto #0
-__all__ = ['TEST_STREAM', 'Tokens', 'token_losses', 'divergences', 'PositionLosses', 'Graphical', 'position_figure']
+__all__ = ['TEST_STREAM', 'Tokens', 'token_losses', 'divergences', 'PositionLosses', 'position_figure', 'Graphical']
 
 # %% ../../nbs/tasks/graphical.ipynb #f3db1b0c
 class Tokens(NamedTuple):
@@ -51,18 +51,33 @@ def divergences(
     log_q = logits.to(best.dtype).log_softmax(-1)
     return (torch.xlogy(best, best) - best * log_q.where(best > 0, 0)).sum(-1)
 
-# %% ../../nbs/tasks/graphical.ipynb #525c3e8d
-TEST_STREAM = 0x6EA9_7E57_6EA9_7E57  # no seed of a training draws the same numbers
-_AT_ONCE = 2**16  # sequences that are drawn together
-_LARGEST = 2**26  # probabilities that are kept of the best predictions, half a GiB
-_OPTIONS = "n_heads", "feedforward", "tied", "rotary_base", "d_recurrent", "convolution", "d_state", "dt_rank"
-
+# %% ../../nbs/tasks/graphical.ipynb #80698558
 class PositionLosses(NamedTuple):
     "What a model expects to lose at each position, and what cannot be avoided; [length - 1] in nats, of tokens 1, 2, …"
     loss:np.ndarray # Mean cross-entropy of the model under the best predictions
     entropy:np.ndarray # Of the best predictions
     excess:np.ndarray # Their difference, never negative
     excess_error:np.ndarray # Its standard error over the test sequences
+
+def position_figure(
+    models:dict[str, PositionLosses], # By name; on the same sequences
+) -> go.Figure:
+    "Losses by position of the token, above its entropy"
+    import plotly.graph_objects as go
+    from tformer_lab.dashboards.comparisons import PALETTE
+    from tformer_lab.dashboards.figures import COLORS, style
+    figure, first = style(go.Figure(), height=320), next(iter(models.values()))
+    x = np.arange(1, 1 + len(first.entropy))
+    for (name, found), color, dash in zip(models.items(), PALETTE, ("solid", "dot", "dashdot", "longdash", "solid")):
+        figure.add_scatter(x=x, y=found.loss.round(4), mode="lines", name=name, line={"color": color, "dash": dash, "width": 1.6})
+    figure.add_scatter(x=x, y=first.entropy.round(4), mode="lines", name="entropy", line={"color": COLORS["optimum"], "dash": "dash", "width": 1.4})
+    return figure.update_xaxes(title="position of the token").update_yaxes(title="expected loss (nats)").update_layout(margin_t=44)
+
+# %% ../../nbs/tasks/graphical.ipynb #525c3e8d
+TEST_STREAM = 0x6EA9_7E57_6EA9_7E57  # no seed of a training draws the same numbers
+_AT_ONCE = 2**16  # sequences that are drawn together
+_LARGEST = 2**26  # probabilities that are kept of the best predictions, half a GiB
+_OPTIONS = "n_heads", "feedforward", "tied", "rotary_base", "d_recurrent", "convolution", "d_state", "dt_rank"
 
 @dataclass(config=ConfigDict(extra="forbid"), frozen=True, kw_only=True)
 class Graphical:
@@ -218,18 +233,3 @@ class Graphical:
     ) -> go.Figure|None: # None where there is no exact likelihood
         "Loss and entropy at each position"
         return None if self._best is None else position_figure({self.architecture: self.by_position(model)})
-
-# %% ../../nbs/tasks/graphical.ipynb #80698558
-def position_figure(
-    models:dict[str, PositionLosses], # By name; on the same sequences
-) -> go.Figure:
-    "Losses by position of the token, above its entropy"
-    import plotly.graph_objects as go
-    from tformer_lab.dashboards.comparisons import PALETTE
-    from tformer_lab.dashboards.figures import COLORS, style
-    figure, first = style(go.Figure(), height=320), next(iter(models.values()))
-    x = np.arange(1, 1 + len(first.entropy))
-    for (name, found), color, dash in zip(models.items(), PALETTE, ("solid", "dot", "dashdot", "longdash", "solid")):
-        figure.add_scatter(x=x, y=found.loss.round(4), mode="lines", name=name, line={"color": color, "dash": dash, "width": 1.6})
-    figure.add_scatter(x=x, y=first.entropy.round(4), mode="lines", name="entropy", line={"color": COLORS["optimum"], "dash": "dash", "width": 1.4})
-    return figure.update_xaxes(title="position of the token").update_yaxes(title="expected loss (nats)").update_layout(margin_t=44)

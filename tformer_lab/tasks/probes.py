@@ -67,6 +67,7 @@ def position_groups(
     "1 to 3, 4 to 15, 16 to 63, …; at position 0 all nodes are in state 0"
     return [(4**i, min(4**(i + 1), length) - 1) for i in range(32) if 4**i < length]
 
+# %% ../../nbs/tasks/probes.ipynb #e4a8afaf
 def _by_sequence(values):
     "Mean, and its standard error over sequences; [n, positions]"
     each = values.mean(1)
