@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import NamedTuple
 
 import numpy as np
@@ -63,6 +63,7 @@ def _transform(law, x):
     return np.take_along_axis(roots, chosen[:, None], -1)[:, 0]
 
 # %% ../../nbs/spectra/free_convolution.ipynb #6299a7ac
+@lru_cache(8)
 def _still(law):
     "All z(g) at which it stands still, complex"
     p, q = law._parts
@@ -109,9 +110,14 @@ def _pieces(law, cuts=()):
         ends = np.unique([low, *near[np.minimum(near - low, high - near) > 1e-6 * (high - low)], high])
         yield from zip(ends[:-1], ends[1:])
 
-def _integral(law, nodes, cuts):
+@lru_cache(8)
+def _gauss_legendre(nodes):
+    "Angles from 0 to pi, and their weights"
     angle, share = np.polynomial.legendre.leggauss(nodes)
-    angle, share = np.pi / 2 * (1 + angle), np.pi / 2 * share
+    return np.pi / 2 * (1 + angle), np.pi / 2 * share
+
+def _integral(law, nodes, cuts):
+    angle, share = _gauss_legendre(nodes)
     pieces = list(_pieces(law, cuts))
     x = np.concatenate([(low + high) / 2 - (high - low) / 2 * np.cos(angle) for low, high in pieces])
     width = np.concatenate([(high - low) / 2 * np.sin(angle) * share for low, high in pieces])

@@ -5,6 +5,7 @@
 # %% ../../nbs/theory/teacher_student.ipynb #79576168
 from __future__ import annotations
 
+from functools import cache
 from typing import NamedTuple
 
 import numpy as np
@@ -75,7 +76,7 @@ _NODES = 100
 def _bayes(alpha, law, noises, freedom):
     "The error at one sample ratio, for a law of variance 1"
     if alpha == 0: return 1.
-    F = lambda s: denoising_error(law, s, _NODES)
+    F = cache(lambda s: denoising_error(law, s, _NODES))
     def ratio(s, error):
         "The sample ratio at which an error leaves noise s on the weights"
         parts = error + noises
