@@ -8,38 +8,47 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 # %% auto #0
-__all__ = ['FileError', 'write_atomically', 'step_file', 'step_files', 'read_safetensors', 'StepFolder']
+__all__ = ['FileError', 'whole_file', 'write_atomically', 'step_file', 'step_files', 'read_safetensors', 'StepFolder']
 
 # %% ../nbs/storage.ipynb #ed987898
 class FileError(ValueError):
     "A file or a folder is not what it has to be"
     def _render_traceback_(self): return [f"{type(self).__name__}: {self}"]  # what IPython shows
 
-def write_atomically(
-    path:Path, # Appears whole, or stays what it was
-    data:bytes,
+@contextmanager
+def whole_file(
+    path:Path, # Appears whole when the context ends without an error, or stays what it was
     durable:bool=True, # Flushed to disk? What can be computed again need not be
-) -> None:
-    "Write beside the file, flush to disk, rename"
+) -> Iterator[BinaryIO]:
+    "A file to write: beside the path, flushed to disk, and renamed"
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with open(beside, "wb") as f:
-            f.write(data)
+            yield f
             f.flush()
             if durable: os.fsync(f.fileno())
         os.replace(beside, path)
-    except OSError:  # a full disk, say: room is needed to tell of it
+    except BaseException:  # a full disk, say: room is needed to tell of it
         beside.unlink(missing_ok=True)
         raise
     if durable and os.name == "posix":  # the rename is on disk only once the folder is
         folder = os.open(path.parent, os.O_RDONLY)
         try: os.fsync(folder)
         finally: os.close(folder)
+
+def write_atomically(
+    path:Path, # Appears whole, or stays what it was
+    data:bytes,
+    durable:bool=True, # Flushed to disk? What can be computed again need not be
+) -> None:
+    "Write a file whole"
+    with whole_file(path, durable) as f: f.write(data)
 
 # %% ../nbs/storage.ipynb #20b57332
 def step_file(step:int) -> str: # "00000100.safetensors"

@@ -8,7 +8,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,7 +21,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from .graphs import Graph, GraphError
-from ..storage import FileError, write_atomically
+from ..storage import FileError, whole_file, write_atomically
 
 # %% auto #0
 __all__ = ['CLIP', 'MAX_SEED', 'BLOCK', 'log_gamma', 'log_dirichlet', 'shape_rows', 'Factor', 'factor_inputs', 'draw_factors',
@@ -287,28 +286,14 @@ def _note_of(path): return path.with_name(f"{path.name}.json")
 
 def _write_tokens(path, kernels, n, length, seed, progress):
     "Fill a file beside its place, and rename it"
-    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     name, dtype = kernels.graph.observed.name, _small(kernels.graph.vocab_size)
-    try:
-        with open(beside, "wb") as out, tqdm(total=n, unit=" sequences", desc=path.name, disable=not progress) as bar:
-            np.lib.format.write_array_header_1_0(out, {"descr": np.lib.format.dtype_to_descr(np.dtype(dtype)), "fortran_order": False, "shape": (n, length)})
-            for start in range(0, n, BLOCK):
-                tokens = sequence_block(kernels, start // BLOCK, length, seed)[name][:n - start].numpy().astype(dtype)
-                out.write(np.ascontiguousarray(tokens).tobytes())
-                bar.update(len(tokens))
-            out.flush()
-            os.fsync(out.fileno())
+    with whole_file(path) as out, tqdm(total=n, unit=" sequences", desc=path.name, disable=not progress) as bar:
+        np.lib.format.write_array_header_1_0(out, {"descr": np.lib.format.dtype_to_descr(np.dtype(dtype)), "fortran_order": False, "shape": (n, length)})
+        for start in range(0, n, BLOCK):
+            tokens = sequence_block(kernels, start // BLOCK, length, seed)[name][:n - start].numpy().astype(dtype)
+            out.write(np.ascontiguousarray(tokens).tobytes())
+            bar.update(len(tokens))
         write_atomically(_note_of(path), json.dumps(_origin(kernels, n, length, seed), indent=1).encode())
-        os.replace(beside, path)
-        _flush_folder(path.parent)
-    finally: beside.unlink(missing_ok=True)  # a full disk, or Ctrl-C
-
-def _flush_folder(folder):
-    "The rename is on disk only once the folder is"
-    if os.name != "posix": return
-    handle = os.open(folder, os.O_RDONLY)
-    try: os.fsync(handle)
-    finally: os.close(handle)
 
 def _origin(kernels, n, length, seed):
     "What a file is made from"

@@ -10,20 +10,19 @@ import hashlib
 import json
 import math
 from collections.abc import Iterable, Mapping
-from difflib import get_close_matches
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
-import plotly.graph_objects as go
 import yaml
 from pydantic import ConfigDict, Field, ValidationError, field_validator
 from pydantic.dataclasses import dataclass
 from scipy.interpolate import PchipInterpolator
 
-from ..dashboards.comparisons import PALETTE
-from ..dashboards.figures import style
+from ..training.parameters import did_you_mean
+
+if TYPE_CHECKING: import plotly.graph_objects as go
 
 # %% auto #0
 __all__ = ['LARGEST_KERNEL', 'GraphError', 'Node', 'make_node', 'check_nodes', 'Graph', 'parse_graph', 'make_graph', 'read_graph',
@@ -62,8 +61,7 @@ _KEYS = tuple(Node.__pydantic_fields__)
 _ELSEWHERE = {"alpha": "concentration", "state_dim": "states", "n_states": "states", "kernel_type": "kernel", "parent": "parents"}
 
 def _nearest(wrong, known):
-    near = get_close_matches(str(wrong), list(known), 1, .5)
-    return f"; did you mean {near[0]!r}?" if near else "."
+    return did_you_mean(wrong, known) or "."
 
 def _complaint(error):
     "One thing that pydantic found, in words"
@@ -272,7 +270,7 @@ def _places(graph):
             for i, p in enumerate(layer): y[p] = i - (len(layer) - 1) / 2
     return {p: (depth[p], y[p]) for p in depth}, chains
 
-_MODES = dict(zip(("default", "slow", "dead", "context"), (PALETTE[0], PALETTE[1], PALETTE[5], PALETTE[2])))
+_MODES = {"default": 0, "slow": 1, "dead": 5, "context": 2}  # places in the palette
 
 def _edge(figure, points):
     "A line through places, with an arrow at its end"
@@ -290,6 +288,9 @@ def graph_figure(
     height:int|None=None, # Pixels; None: by the graph
 ) -> go.Figure:
     "Nodes in layers, parents to the left of their children; the observed one is a square"
+    import plotly.graph_objects as go
+    from tformer_lab.dashboards.comparisons import PALETTE
+    from tformer_lab.dashboards.figures import style
     place, chains = _places(graph)
     rows = 1 + 2 * max(abs(y) for _, y in place.values())
     figure = style(go.Figure(), height=height or int(90 + 74 * max(rows, 1.6)))
@@ -298,7 +299,7 @@ def graph_figure(
         words = [f"<b>{n.name}</b><br>{n.states} states" for n in group]
         notes = [f"{n.name}: {n.states} states, concentration {n.concentration:g}, {n.kernel} kernel, mode {n.mode}" for n in group]
         figure.add_scatter(x=[place[n.name][0] for n in group], y=[place[n.name][1] for n in group], mode="markers+text", text=words, textposition="bottom center", hovertext=notes, hoverinfo="text",
-                           marker={"size": 26, "color": _MODES[mode], "symbol": "square" if observed else "circle"}, name=f"{'observed' if observed else 'hidden'}, {mode}")
+                           marker={"size": 26, "color": PALETTE[_MODES[mode]], "symbol": "square" if observed else "circle"}, name=f"{'observed' if observed else 'hidden'}, {mode}")
     width = max(x for x, _ in place.values())
     figure.update_xaxes(visible=False, range=[-.5, width + .5]).update_yaxes(visible=False, range=[rows / 2 + .35, .1 - rows / 2])
     return figure.update_layout(showlegend=True, margin={"l": 16, "r": 16, "t": 40, "b": 8})

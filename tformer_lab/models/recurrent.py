@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import inspect
 import math
-from difflib import get_close_matches
 from typing import Any, Literal
 
 import torch
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .decoder import EPS, Decoder, FeedForward, LanguageModel, check_sizes, default_feedforward, linear
+from ..training.parameters import did_you_mean
 
 # %% auto #0
 __all__ = ['CHUNK_NUMBERS', 'MIXERS', 'KINDS', 'scan', 'Memory', 'CausalConvolution', 'Recurrence', 'MinGRU', 'MinLSTM', 'Hawk',
@@ -339,10 +339,6 @@ def own_options(
     names = dict.fromkeys(name for c in classes for name, p in inspect.signature(c).parameters.items() if p.kind is not p.VAR_KEYWORD)
     return [name for name in names if name not in ("vocab_size", "d_model", "n_layers", "mixer")]
 
-def _nearest(wrong, known):
-    near = get_close_matches(str(wrong), known, 1, .5)
-    return f"; did you mean {near[0]!r}?" if near else ""
-
 def language_model(
     kind:Literal["transformer", "mingru", "minlstm", "hawk", "mamba"],
     vocab_size:int, # Tokens are from 0 to vocab_size - 1
@@ -351,8 +347,8 @@ def language_model(
     **options:Any, # `feedforward` and `tied`, and what the kind takes: see `own_options`
 ) -> LanguageModel: # A Decoder or a Recurrent
     "A decoder-only language model by the name of its kind"
-    if kind not in KINDS: raise ValueError(f"kind is {kind!r}: it has to be one of {', '.join(map(repr, KINDS))}{_nearest(kind, KINDS)}")
+    if kind not in KINDS: raise ValueError(f"kind is {kind!r}: it has to be one of {', '.join(map(repr, KINDS))}{did_you_mean(kind, KINDS)}")
     own = own_options(kind)
     for name in options:
-        if name not in own: raise ValueError(f"{kind} takes no {name!r}, it takes {', '.join(own)}{_nearest(name, own)}")
+        if name not in own: raise ValueError(f"{kind} takes no {name!r}, it takes {', '.join(own)}{did_you_mean(name, own)}")
     return Decoder(vocab_size, d_model, n_layers, **options) if kind == "transformer" else Recurrent(vocab_size, d_model, n_layers, kind, **options)
