@@ -85,6 +85,7 @@ class Graphical:
     graph:str = "nbs/papers/graphs/chain.yaml" # A YAML file, from the top of the project or absolute
     kernel_seed:int = Field(0, ge=0, lt=2**63) # Of the graph's kernels
     concentration:float|None = Field(None, ge=1e-9, le=1e9, allow_inf_nan=False) # Of all its nodes; None: the file's
+    observed_concentration:float|None = Field(None, ge=1e-9, le=1e9, allow_inf_nan=False) # Of the observed node; None: as the others
     length:int = Field(64, ge=2) # Tokens in a sequence
     test_size:int = Field(512, ge=2) # Sequences that every model is evaluated on
     architecture:Literal["transformer", "mingru", "minlstm", "hawk", "mamba"] = Field("transformer", alias="model")
@@ -118,8 +119,9 @@ class Graphical:
 
     @cached_property
     def nodes(self) -> Graph:
-        "The graph, with the concentration that was asked for"
-        return self._file if self.concentration is None else self._file.with_concentration(self.concentration)
+        "The graph, with the concentrations that were asked for"
+        graph = self._file if self.concentration is None else self._file.with_concentration(self.concentration)
+        return graph if self.observed_concentration is None else graph.with_concentration(self.observed_concentration, [graph.observed.name])
 
     @cached_property
     def kernels(self) -> Kernels:
@@ -129,7 +131,7 @@ class Graphical:
     @property
     def label(self) -> str: # "minlstm-chain-concentration0.01"
         "Model and graph"
-        parts = [] if self.concentration is None else [f"concentration{self.concentration:g}"]
+        parts = [f"{name.replace('_', '-')}{value:g}" for name in ("concentration", "observed_concentration") if (value := getattr(self, name)) is not None]
         return "-".join([self.architecture, Path(self.graph).stem, *parts])
 
     def _model(self, n_layers):
