@@ -76,10 +76,16 @@ class Batches:
         trainer:Trainer,
         rank:int=0, # This process
         processes:int=1,
+        progress:bool=False, # Show a bar where a training set takes long to make?
     ):
         self.task, self.trainer, self.slice = task, trainer, slice(rank, None, processes)
         self._rng, self._epoch = np.random.default_rng([trainer.seed, 0]), None
-        self.data = task.batch(trainer.samples, np.random.default_rng([trainer.seed, 1])) if trainer.samples else None
+        self.data = self._training_set(progress) if trainer.samples else None
+        if self.per_epoch == 1: self.data = map_batch(lambda t: t[:], self.data)  # one on disk is read once
+
+    def _training_set(self, progress):
+        rng, own = np.random.default_rng([self.trainer.seed, 1]), getattr(self.task, "training_set", None)
+        return self.task.batch(self.trainer.samples, rng) if own is None else own(self.trainer.samples, rng, progress)
 
     @property
     def per_epoch(self) -> int|None: # None on the population
@@ -296,14 +302,18 @@ class Descent:
 
 class Session:
     "Model, method, batches and random state of one training"
-    def __init__(self, task:Task, trainer:Trainer):
+    def __init__(self,
+        task:Task,
+        trainer:Trainer,
+        progress:bool=False, # Show a bar where a training set takes long to make?
+    ):
         self.task, self.trainer = task, trainer
         check_task(task, trainer)
         self.accelerator = make_accelerator(trainer)
         self.rank, self.processes = self.accelerator.process_index, self.accelerator.num_processes
         self.patience = make_patience(task, trainer)
         torch.manual_seed(trainer.seed)
-        self.batches = Batches(task, trainer, self.rank, self.processes)
+        self.batches = Batches(task, trainer, self.rank, self.processes, progress)
         model = task.model(self.batches.data)
         if trainer.precision == "float64": model = model.double()
         if not weight_matrices(model): raise ValueError(f"{type(model).__name__} has no 2-D weights whose spectra could be recorded")
@@ -641,7 +651,7 @@ def fit(
     if resume is not None: check_same(resume, task, trainer)
     threads = torch.get_num_threads()
     with torch.random.fork_rng(), StopRequest(trainer.time_limit) as stop:
-        try: run, reason = _fit(Session(task, trainer), stop, runs_dir, name, resume, progress, tracking, notebook)
+        try: run, reason = _fit(Session(task, trainer, progress), stop, runs_dir, name, resume, progress, tracking, notebook)
         finally: torch.set_num_threads(threads)
     if reason == "SIGINT": raise KeyboardInterrupt(f"stopped; {shown(run.path)} can be resumed" if run else "stopped")
     return run
