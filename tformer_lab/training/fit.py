@@ -33,6 +33,7 @@ from ..tasks.task import Task, task_class
 from .evolution import ALGORITHMS, Evolution
 from .optimizers import make_optimizer, rate_factor
 from .parameters import OWN, ParameterError, Trainer, build, check_names, did_you_mean, field_names, parameter_values, resolve, trainer_for
+from .trace import Tracer
 
 # %% auto #0
 __all__ = ['POPULATION_SIZE', 'POPULATION_STREAM', 'log_spaced', 'spaced', 'map_batch', 'Batches', 'StopRequest', 'MetricsLog',
@@ -478,6 +479,8 @@ class Loop:
         self.evaluated = self.recorded | self._evaluation_steps()
         self.log, self._saved = MetricsLog(self._write), time.monotonic()
         self.watch = Stopwatch(session.accelerator.device, waits=4 * len(self.evaluated) < self.trainer.steps)
+        traces = self.trainer.profile is not None and writer is not None and writer.run.trace is None
+        self.tracer = Tracer(self.trainer.profile if traces else None, session.accelerator.device, writer.save_trace if traces else None)
         self.bar = tqdm(total=self.trainer.steps, desc="training", unit="step", mininterval=1, disable=not (progress and writer))
 
     def _evaluation_steps(self):
@@ -515,17 +518,22 @@ class Loop:
     def record(self, step:int) -> None:
         "Spectra, and the weights where they are kept"
         if self.writer is None: return
-        self.writer.save_spectra(record(self.session.bare, step))
-        if self.trainer.keep_weights: self.writer.save_weights(step, self.session.bare.state_dict())
+        with self.tracer.part("record"):
+            self.writer.save_spectra(record(self.session.bare, step))
+            if self.trainer.keep_weights: self.writer.save_weights(step, self.session.bare.state_dict())
+
+    def _evaluate(self):
+        with self.tracer.part("evaluate"): return self.session.evaluate()
 
     def save(self, step:int) -> None:
         "The state to go on from, after all that was recorded so far"
         self.log.flush()
-        state = {"step": step, **self.session.state()}
-        self._saved = time.monotonic()
-        if self.writer is None: return
-        self.writer.step = step
-        self.writer.save_state(state)
+        with self.tracer.part("save"):
+            state = {"step": step, **self.session.state()}
+            self._saved = time.monotonic()
+            if self.writer is None: return
+            self.writer.step = step
+            self.writer.save_state(state)
 
     def _is_late(self, step):
         "Is it time for another state? At a checkpoint after a second, else after `save_minutes`"
@@ -534,7 +542,8 @@ class Loop:
 
     def run(self, start:int) -> str|None: # Why it stopped before the end
         "Train from a step to the last"
-        try: return self._run(start)
+        try:
+            with self.tracer: return self._run(start)
         finally:
             self.bar.close()
             if self.writer is not None: self.writer.speed = self.watch.found(getattr(self.session.task, "tokens_per_example", None))
@@ -548,14 +557,15 @@ class Loop:
             if self._is_late(step) or stopping: self.save(step)
             if stopping: return self.stop.reason or "another process was stopped"
             finished = self._finishes(step)
-            metrics = self.session.evaluate() if step in self.evaluated or finished else {}
+            metrics = self._evaluate() if step in self.evaluated or finished else {}
             ended = step == last or finished or bool(metrics) and self._ends(step, metrics)
             self.watch.start()
-            with torch.set_grad_enabled(not ended and self.session.method.follows_gradient): loss = self.session.loss(step)
+            with self.tracer.part("loss"), torch.set_grad_enabled(not ended and self.session.method.follows_gradient): loss = self.session.loss(step)
             self.log.add(step, {"train/loss": self.session.mean(loss.detach()), **metrics})
             if ended: break
-            self.session.update(loss)
-            self.watch.stop(self.session.examples, step + 1 in self.evaluated)
+            with self.tracer.part("update"): self.session.update(loss)
+            if not self.tracer.running: self.watch.stop(self.session.examples, step + 1 in self.evaluated)
+            self.tracer.step()
         self.log.flush()
 
 # %% ../../nbs/training/fit.ipynb #6031ddfc
