@@ -1,4 +1,5 @@
 """The command that trains, as accelerate launches it: two processes make the run of one, and say once what is wrong."""
+import gzip
 import os
 import subprocess
 import sys
@@ -28,14 +29,17 @@ def launch(*arguments, processes=2, **parameters):
 
 
 def test_two_launched_processes_learn_what_one_does_from_the_joint_batch(tmp_path):
+    """From a file that both want made, with a trace."""
     (tmp_path / "parameters.yaml").write_text("task: graphical\nmodel: minlstm\nlr: 1e-2\nlength: 5\n")
-    code, said = launch("-f", tmp_path / "parameters.yaml", **(TASK | HOW), runs_dir=tmp_path / "runs", name="two")
+    code, said = launch("-f", tmp_path / "parameters.yaml", **(TASK | HOW), runs_dir=tmp_path / "runs", name="two", samples=20, stored=tmp_path / "set.npy", profile=4)
     assert code == 0, said
     assert said.count("done at step 12: ") == said.count("4 checkpoints: ") == 1 and str(tmp_path / "runs/two") in said
-    run, alone = Run(tmp_path / "runs/two"), fit(Graphical(**TASK), runs_dir=tmp_path / "alone", progress=False, **HOW)
+    run, alone = Run(tmp_path / "runs/two"), fit(Graphical(**TASK, stored=str(tmp_path / "alone.npy")), runs_dir=tmp_path / "alone", samples=20, progress=False, **HOW)
     assert run.config["processes"] == 2 and run.status == "done" and [path.name for path in (tmp_path / "runs").iterdir()] == ["two"]
     assert run.metrics.columns.equals(alone.metrics.columns) and run.metrics["step"].tolist() == list(range(13))
     assert np.allclose(run.metrics, alone.metrics, rtol=1e-4, equal_nan=True)
+    assert (tmp_path / "set.npy").read_bytes() == (tmp_path / "alone.npy").read_bytes() and alone.trace is None
+    assert b"gloo:all_reduce" in gzip.decompress(run.trace.read_bytes())  # of one process, in which both average their gradients
     for name, weights in alone.checkpoints[12].items(): assert np.allclose(run.checkpoints[12][name], weights, atol=1e-4)
 
 

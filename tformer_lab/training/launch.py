@@ -52,7 +52,7 @@ def read_parameters(
     return found | {name: scalar(value) for name, value in pairs}
 
 # %% ../../nbs/training/launch.ipynb #launch08
-_PATIENCE = 10. # seconds in which the first process says what is wrong
+_PATIENCE = 60. # seconds in which the first process says what is wrong
 
 def _rank(): return int(os.environ.get("RANK", 0))
 
