@@ -10,13 +10,14 @@ from test_papermill import outputs, papermill
 from torch import nn
 from torch.nn import functional as F
 
-from tformer_lab.data.graphical import draw_kernels, generate, generate_states
+from tformer_lab.data.graphical import StoredSequences, draw_kernels, generate, generate_states, sequence_block
 from tformer_lab.data.graphs import read_graph
 from tformer_lab.models.recurrent import KINDS
 from tformer_lab.runs.results import results
 from tformer_lab.runs.store import Run
+from tformer_lab.storage import FileError
 from tformer_lab.tasks.forecast import Forecast
-from tformer_lab.tasks.graphical import Graphical
+from tformer_lab.tasks.graphical import Graphical, Tokens
 from tformer_lab.tasks.probes import fit_probe, probe_states, probe_table
 from tformer_lab.tasks.recall import Recall
 from tformer_lab.tasks.task import Task, task_class
@@ -335,6 +336,65 @@ def test_the_trainer_refuses_what_makes_no_sense(wrong, said):
 
 def test_students_take_no_parts(tmp_path):
     with pytest.raises(ParameterError, match="accumulate = 2"): fit(TeacherStudent(d_model=10, students=2), accumulate=2, runs_dir=tmp_path / "runs")
+    assert not (tmp_path / "runs").exists()
+
+
+# A training set on disk
+
+ON_DISK = dict(steps=24, batch_size=8, checkpoints=3, evaluations=4, lr=1e-2, population_size=16)
+
+
+class InMemory(Graphical):
+    """The sequences of the file in memory, made block by block."""
+    def training_set(self, samples, rng, progress=False):
+        blocks = [sequence_block(self.kernels, i, self.length, self.stored_seed)[self.nodes.observed.name] for i in range(-(-samples // 4096))]
+        return Tokens(torch.cat(blocks)[:samples])
+
+
+@pytest.mark.parametrize("samples", [20, 8, 5, 4100])
+def test_a_training_from_a_file_has_the_curve_of_the_same_sequences_in_memory(tiny, tmp_path, samples):
+    """With a smaller last batch, with one batch an epoch, and with more than a block."""
+    given = dict(graph=tiny, length=12, test_size=64, d_model=8, n_layers=1, stored=str(tmp_path / "set.npy"), stored_seed=3)
+    run, same = (fit(kind(**given), runs_dir=tmp_path / kind.__name__, samples=samples, progress=False, **ON_DISK) for kind in (Graphical, InMemory))
+    other = fit(small(tiny), runs_dir=tmp_path / "other", samples=samples, progress=False, **ON_DISK)
+    assert run.metrics.equals(same.metrics) and not run.metrics.equals(other.metrics) and "population/loss" in run.metrics
+    for name, weight in same.checkpoints[24].items(): assert torch.equal(run.checkpoints[24][name], weight)
+
+
+def test_no_more_of_a_file_is_read_than_a_batch(tiny, tmp_path, monkeypatch):
+    read, plain = [], StoredSequences.__getitem__
+    def watched(self, index):
+        read.append(len(found := plain(self, index)))
+        return found
+    monkeypatch.setattr(StoredSequences, "__getitem__", watched)
+    session = Session(small(tiny, stored=str(tmp_path / "set.npy")), Trainer(steps=4, batch_size=8, samples=20, device="cpu", population_size=8))
+    assert isinstance(session.batches.data.tokens.tokens, np.memmap) and not read
+    tokens = [session.batches.batch(step).tokens for step in range(3)]
+    assert read == [8, 8, 4] and tokens[0].dtype == torch.int64
+    assert sorted(map(tuple, torch.cat(tokens).tolist())) == sorted(map(tuple, session.batches.data.tokens.tokens.tolist()))
+    other = Session(session.task, Trainer(steps=4, batch_size=8, samples=20, device="cpu", population_size=8, seed=1))
+    assert not torch.equal(other.batches.batch(0).tokens, tokens[0])  # the same file in another order
+
+
+def test_a_run_from_a_file_goes_on_bit_for_bit_also_where_the_file_is_made_anew(tiny, tmp_path):
+    task, how = small(tiny, stored=str(tmp_path / "set.npy")), ON_DISK | {"samples": 20}
+    whole = fit(task, runs_dir=tmp_path / "whole", progress=False, **how)
+    broken = stop_at(task, tmp_path / "broken", 10, **how)
+    for file in tmp_path.glob("set.npy*"): file.unlink()
+    again = fit(*resumed(broken), resume=broken, progress=False)
+    assert again.config["parameters"]["stored"] == str(tmp_path / "set.npy") and again.metrics.equals(whole.metrics)
+    for name, weight in whole.checkpoints[24].items(): assert torch.equal(again.checkpoints[24][name], weight)
+
+
+WRONG_FILE = [({"kernel_seed": 1}, {}, "the seed of its kernels is 0"), ({"stored_seed": 1}, {}, "its seed is 0"), ({"length": 13}, {}, "its length is 12"), ({}, {"samples": 21}, "its number of sequences is 20"), ({"concentration": .5}, {}, "the graph's fingerprint"),
+              ({}, {"samples": None, "population_size": None}, "say how many sequences by samples"), ({"stored": "set.bin"}, {}, "ends on .npy"), ({"stored": None, "stored_seed": 0}, {}, "give stored, too")]
+
+
+@pytest.mark.parametrize("task, how, said", WRONG_FILE, ids=[said for *_, said in WRONG_FILE])
+def test_a_file_of_something_else_is_refused_before_the_runs_folder(tiny, tmp_path, task, how, said):
+    given = {"graph": tiny, "length": 12, "test_size": 64, "d_model": 8, "n_layers": 1, "stored": str(tmp_path / "set.npy")}
+    build(Graphical, given).training_set(20, None)
+    with pytest.raises((FileError, ParameterError), match=said): fit(build(Graphical, given | task), runs_dir=tmp_path / "runs", progress=False, **(ON_DISK | {"samples": 20} | how))
     assert not (tmp_path / "runs").exists()
 
 

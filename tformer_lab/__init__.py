@@ -5,7 +5,7 @@ __version__ = "0.1.0"
 
 __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
-    submodules=["dashboards", "data", "losses", "models", "runs", "spectra", "storage", "tasks", "theory", "training"],
+    submodules=["checks", "dashboards", "data", "losses", "models", "runs", "spectra", "storage", "tasks", "theory", "training"],
     submod_attrs={
         "dashboards.dashboard": ["Dashboard"],
         "runs.recorder": ["SpectrumRecorder"],

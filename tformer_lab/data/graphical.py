@@ -20,13 +20,14 @@ from scipy.special import logsumexp
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from ..checks import check_sizes
 from .graphs import Graph, GraphError
 from ..storage import FileError, whole_file, write_atomically
 
 # %% auto #0
 __all__ = ['CLIP', 'MAX_SEED', 'BLOCK', 'log_gamma', 'log_dirichlet', 'shape_rows', 'Factor', 'factor_inputs', 'draw_factors',
-           'kernel_table', 'Kernels', 'draw_kernels', 'draw_context', 'check_sizes', 'generate_states', 'generate',
-           'GraphStream', 'sequence_block', 'StoredSequences', 'stored_sequences']
+           'kernel_table', 'Kernels', 'draw_kernels', 'draw_context', 'generate_states', 'generate', 'GraphStream',
+           'sequence_block', 'StoredSequences', 'stored_sequences']
 
 # %% ../../nbs/data/graphical.ipynb #7c524a01
 def log_gamma(
@@ -192,11 +193,6 @@ def _fixed_sampler(kernels, name, device):
     return lambda states: rows[_row_of(graph, name, states)] if graph.inputs(name) else rows
 
 # %% ../../nbs/data/graphical.ipynb #4cb5578b
-def check_sizes(**sizes) -> None: # Raises ValueError
-    "Refuse what is no whole number of 1 or more"
-    for name, size in sizes.items():
-        if isinstance(size, bool) or not isinstance(size, int | np.integer) or size < 1: raise ValueError(f"{name} is {size!r}: it should be a whole number, 1 or more")
-
 def generate_states(
     kernels:Kernels,
     n:int, # Sequences

@@ -6,26 +6,21 @@
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..checks import check_sizes
+
 # %% auto #0
-__all__ = ['EPS', 'WRITERS', 'check_sizes', 'check_tokens', 'linear', 'rotation', 'rotate', 'KeyValues', 'causal_mask',
-           'Attention', 'default_feedforward', 'FeedForward', 'Block', 'State', 'next_tokens', 'check_generation',
-           'LanguageModel', 'check_heads', 'Decoder', 'parameter_count', 'Flops', 'flops_by_part', 'flops']
+__all__ = ['EPS', 'WRITERS', 'check_tokens', 'linear', 'rotation', 'rotate', 'KeyValues', 'causal_mask', 'Attention',
+           'default_feedforward', 'FeedForward', 'Block', 'State', 'next_tokens', 'check_generation', 'LanguageModel',
+           'check_heads', 'Decoder', 'parameter_count', 'Flops', 'flops_by_part', 'flops']
 
 # %% ../../nbs/models/decoder.ipynb #2ef30ff0
 EPS = 1e-6 # Of the norms
-
-def check_sizes(
-    **sizes:Any, # By name
-) -> None: # Raises ValueError with what would be right
-    "Refuse a size that is no whole number of 1 or more"
-    for name, value in sizes.items():
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1: raise ValueError(f"{name} is {value!r}: it has to be a whole number, 1 or more")
 
 def check_tokens(
     tokens:Tensor, # [n, time], whole numbers

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .decoder import EPS, Decoder, FeedForward, LanguageModel, check_sizes, default_feedforward, linear
+from ..checks import check_sizes
+from .decoder import EPS, Decoder, FeedForward, LanguageModel, default_feedforward, linear
 from ..training.parameters import did_you_mean
 
 # %% auto #0

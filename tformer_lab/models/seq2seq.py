@@ -13,6 +13,8 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from ..checks import check_sizes
+
 # %% auto #0
 __all__ = ['Activation', 'shift_right', 'sinusoids', 'check_seq2seq', 'check_windows', 'TransformerForecaster', 'DecoderSteps',
            'attention_maps', 'LSTMForecaster']
@@ -44,8 +46,7 @@ def check_seq2seq(
     features:int, d_model:int, n_layers:int, dropout:float, n_heads:int=1, feedforward:int=1, activation:str="relu",
 ) -> None: # Raises ValueError with what would be right
     "Refuse a model that cannot be built"
-    for name, value in (("features", features), ("d_model", d_model), ("n_layers", n_layers), ("n_heads", n_heads), ("feedforward", feedforward)):
-        if not (isinstance(value, int) and value >= 1): raise ValueError(f"{name} is {value}: it has to be a whole number, 1 or more")
+    check_sizes(features=features, d_model=d_model, n_layers=n_layers, n_heads=n_heads, feedforward=feedforward)
     if d_model % n_heads: raise ValueError(f"d_model is {d_model}: it has to be a multiple of n_heads, {n_heads}")
     if not 0 <= dropout < 1: raise ValueError(f"dropout is {dropout}: it has to be in [0, 1)")
     if activation not in ("relu", "gelu"): raise ValueError(f"activation is {activation!r}: it has to be 'relu' or 'gelu'")

@@ -5,6 +5,7 @@
 # %% ../../nbs/runs/grid.ipynb #0e5054a9
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import product
 from typing import Any
@@ -14,7 +15,7 @@ import yaml
 from ..training.parameters import ParameterError, did_you_mean
 
 # %% auto #0
-__all__ = ['Grid', 'Condition', 'product_of', 'holds', 'combinations', 'scalar', 'listed', 'plain']
+__all__ = ['Grid', 'Condition', 'product_of', 'holds', 'combinations', 'scalar', 'listed', 'plain', 'negative_as_values']
 
 # %% ../../nbs/runs/grid.ipynb #36affe0a
 Grid = Mapping[str, Any]|Sequence[Mapping[str, Any]] # One grid, or several
@@ -123,3 +124,10 @@ def plain(
     if isinstance(value, Mapping): return {name: plain(inner) for name, inner in value.items()}
     if isinstance(value, list): return [plain(inner) for inner in value]
     return scalar(value) if isinstance(value, str) else value
+
+# %% ../../nbs/runs/grid.ipynb #0ne9a712
+def negative_as_values(
+    arguments:Iterable[str], # Of a command
+) -> list[str]: # For argparse, which takes `-1,-2` and `-1e-3` for options, unless there is a space in them
+    "Arguments among which negative numbers are values"
+    return [f" {text}" if re.match(r"-\.?\d", text) else text for text in arguments]

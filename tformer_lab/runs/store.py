@@ -251,6 +251,12 @@ class Run:
         path = self.path / "best.safetensors"
         return read_safetensors(path, "pt")[0] if path.exists() else None
 
+    @property
+    def trace(self) -> Path|None: # Gzipped JSON; None where there is none
+        "The trace of some updates, for ui.perfetto.dev"
+        path = self.path / "trace.json.gz"
+        return path if path.exists() else None
+
     @cached_property
     def _spectra(self):
         from tformer_lab.spectra.checkpoints import SpectraFolder  # torch and scipy with it, which a look at a run's state does not need
@@ -317,6 +323,10 @@ class RunWriter:
     ) -> None:
         "Write the weights of the best evaluation so far, in place of those before"
         self._write_weights("best.safetensors", step, weights)
+
+    def save_trace(self, trace:bytes) -> None: # Gzipped JSON
+        "Write the trace of some updates"
+        write_atomically(self.run.path / "trace.json.gz", trace)
 
     def _write_weights(self, name, step, weights):
         import safetensors.torch

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 import signal
 import sys
 import time
@@ -19,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from .grid import Condition, Grid, combinations, listed, plain, scalar
+from .grid import Condition, Grid, combinations, listed, negative_as_values, plain, scalar
 from .jobs import Job, notebook_parameters, plan_jobs, trains
 from .pool import Pool, Slot, shares
 from .progress import Board, Teller, blanked, board_table
@@ -326,10 +325,6 @@ def _look(given):
     else: print(f"{open_sweep(given.cancel, given.runs_dir).cancel()} jobs cancelled")
     return 0
 
-def _negative_as_values(arguments):
-    "argparse takes `-1,-2` for an option, unless there is a space in it"
-    return [f" {text}" if re.match(r"-\.?\d", text) else text for text in arguments]
-
 def _interrupt(number, frame):
     "SIGTERM stops as Ctrl-C does, and a second one at once"
     raise KeyboardInterrupt
@@ -342,7 +337,7 @@ def _status(found, waited):
 
 def main(arguments:list[str]|None=None) -> int: # An exit status
     "The command `tformer-sweep`"
-    given = _parser().parse_args(_negative_as_values(sys.argv[1:] if arguments is None else arguments))
+    given = _parser().parse_args(negative_as_values(sys.argv[1:] if arguments is None else arguments))
     before = signal.signal(signal.SIGTERM, _interrupt)
     if "" not in sys.path: sys.path.insert(0, "")  # a task in the working directory, as the runs find it
     try:

@@ -15,6 +15,7 @@ import numpy as np
 from scipy.interpolate import CubicHermiteSpline
 from scipy.special import airy, beta, ndtri
 
+from ..checks import check_sizes
 from .metrics import as_spectrum
 
 # %% auto #0
@@ -23,12 +24,6 @@ __all__ = ['MarchenkoPastur', 'Semicircle', 'QuarterCircle', 'tracy_widom_cdf', 
            'spiked_singular_value', 'spike_strength', 'spike_overlap', 'spikes']
 
 # %% ../../nbs/spectra/random_matrix.ipynb #638e2da3
-def _check_shape(rows, columns):
-    for name, value in (("rows", rows), ("columns", columns)):
-        try: whole = operator.index(value) >= 1
-        except TypeError: whole = False
-        if not whole: raise ValueError(f"{name} is {value!r}: it has to be a whole number, 1 or more")
-
 def _check_positive(name, value):
     if not (np.isscalar(value) and np.isrealobj(value) and not isinstance(value, str) and 0 < value < math.inf):
         raise ValueError(f"{name} is {value!r}: it has to be a number above 0, and finite")
@@ -85,7 +80,7 @@ class MarchenkoPastur:
     variance:float=1. # Of the matrix's entries
 
     def __post_init__(self):
-        _check_shape(self.rows, self.columns)
+        check_sizes(rows=self.rows, columns=self.columns)
         _check_positive("variance", self.variance)
 
     @property
@@ -298,7 +293,7 @@ def largest_eigenvalue_quantile(
     q=.99, # [...] probabilities
 ): # [...] squared singular values
     "Quantile of the largest squared singular value of noise (Ma 2012)"
-    _check_shape(rows, columns)
+    check_sizes(rows=rows, columns=columns)
     _check_positive("variance", variance)
     center, scale = _largest(rows, columns)
     return variance * (center + scale * tracy_widom_ppf(q))
@@ -317,7 +312,7 @@ class BulkFit:
 
 def _spectrum(s, rows, columns):
     "Singular values as numpy has them, checked"
-    _check_shape(rows, columns)
+    check_sizes(rows=rows, columns=columns)
     s = np.asarray(s.detach().cpu() if hasattr(s, "detach") else s)
     if s.dtype.kind not in "fiu": raise ValueError("singular values have to be real numbers")
     if s.ndim < 1: raise ValueError("singular values have to be an array [..., r]; this is a single number")
@@ -399,7 +394,7 @@ def fit_marchenko_pastur(
 # %% ../../nbs/spectra/random_matrix.ipynb #106ba7d5
 def _strengths(name, value, rows, columns, variance):
     "Values squared, in units of the variance"
-    _check_shape(rows, columns)
+    check_sizes(rows=rows, columns=columns)
     _check_positive("variance", variance)
     value = np.asarray(value, dtype=float)
     if np.any(value < 0): raise ValueError(f"{name} cannot be negative")
@@ -411,7 +406,7 @@ def detection_threshold(
     variance:float=1., # Of the noise's entries
 ) -> float: # In units of singular values
     "Strength up to which a signal leaves no trace in the largest singular value (Benaych-Georges and Nadakuditi 2012)"
-    _check_shape(rows, columns)
+    check_sizes(rows=rows, columns=columns)
     _check_positive("variance", variance)
     return (rows * columns)**.25 * math.sqrt(variance)
 

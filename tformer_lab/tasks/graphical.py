@@ -16,7 +16,7 @@ from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..data.graphical import Kernels, draw_kernels, generate
+from ..data.graphical import Kernels, StoredSequences, draw_kernels, generate, stored_sequences
 from ..data.graphs import Graph, GraphError, read_graph
 from ..models.decoder import LanguageModel
 from ..models.recurrent import language_model, own_options
@@ -33,7 +33,7 @@ __all__ = ['TEST_STREAM', 'Tokens', 'token_losses', 'divergences', 'PositionLoss
 # %% ../../nbs/tasks/graphical.ipynb #f3db1b0c
 class Tokens(NamedTuple):
     "A batch of sequences"
-    tokens:Tensor # [n, length] int64, the first of each 0
+    tokens:Tensor|StoredSequences # [n, length] int64, the first of each 0; on disk only those of a training set
 
 def token_losses(
     logits:Tensor, # [n, time, vocab] of the token after each
@@ -87,6 +87,8 @@ class Graphical:
     concentration:float|None = Field(None, ge=1e-9, le=1e9, allow_inf_nan=False) # Of all its nodes; None: the file's
     observed_concentration:float|None = Field(None, ge=1e-9, le=1e9, allow_inf_nan=False) # Of the observed node; None: as the others
     length:int = Field(64, ge=2) # Tokens in a sequence
+    stored:str|None = None # A .npy file with the sequences of a finite training set, from the top of the project or absolute, made if it is not there; None: they are in memory
+    stored_seed:int|None = Field(None, ge=0, lt=2**63) # Of the sequences in that file; None: 0
     test_size:int = Field(512, ge=2) # Sequences that every model is evaluated on
     architecture:Literal["transformer", "mingru", "minlstm", "hawk", "mamba"] = Field("transformer", alias="model")
     d_model:int = Field(64, ge=1) # Width of the model
@@ -111,6 +113,8 @@ class Graphical:
         found = self._file.fingerprint
         if self.graph_fingerprint not in (None, found): raise ValueError(f"{self.graph} holds another graph than it did: its fingerprint is {found}, and {self.graph_fingerprint} is asked for; restore the file, or give the new graph a run of its own")
         object.__setattr__(self, "graph_fingerprint", found)
+        if self.stored is not None and Path(self.stored).suffix != ".npy": raise ValueError(f"stored is {self.stored!r}: it should be the path of a file that ends on .npy")
+        if self.stored is None and self.stored_seed is not None: raise ValueError(f"stored_seed is {self.stored_seed}: it is for sequences in a file, give stored, too")
         with torch.random.fork_rng([]): self._model(1)
         return self
 
@@ -152,6 +156,19 @@ class Graphical:
     ) -> Tokens:
         "Fresh sequences"
         return Tokens(torch.cat([generate(self.kernels, min(_AT_ONCE, n - start), self.length, rng) for start in range(0, n, _AT_ONCE)]))
+
+    def check_trainer(self, trainer) -> None: # Raises ValueError
+        "Refuse a file of sequences where each batch has fresh ones"
+        if self.stored is not None and trainer.samples is None: raise ValueError(f"stored = {self.stored!r}: a file holds a finite training set, say how many sequences by samples")
+
+    def training_set(self,
+        samples:int, # Sequences
+        rng:np.random.Generator, # For those in memory
+        progress:bool=False, # Show a bar while a file is written?
+    ) -> Tokens: # Raises FileError where the file is of something else
+        "The sequences of a finite training set: fresh ones in memory, or those of the file"
+        if self.stored is None: return self.batch(samples, rng)
+        return Tokens(stored_sequences(project_top() / self.stored, self.kernels, samples, self.length, self.stored_seed or 0, progress))
 
     def loss(self,
         model:nn.Module, # Gives logits [n, time, vocab] of the token after each

@@ -15,7 +15,8 @@ from scipy.optimize import minimize
 from scipy.special import log_softmax
 from torch import Tensor
 
-from ..data.graphical import Kernels, check_sizes, generate_states
+from ..checks import check_sizes
+from ..data.graphical import Kernels, generate_states
 from ..data.graphs import GraphError
 from ..models.decoder import LanguageModel
 from ..theory.graphical import filtered_states

@@ -13,7 +13,8 @@ import torch
 from scipy.special import logsumexp
 from torch import Tensor
 
-from ..data.graphical import Factor, Kernels, check_sizes, factor_inputs, generate_states, kernel_table, log_gamma, shape_rows
+from ..checks import check_sizes
+from ..data.graphical import Factor, Kernels, factor_inputs, generate_states, kernel_table, log_gamma, shape_rows
 from ..data.graphs import GraphError
 from .graph_entropy import Estimate
 from .graphical import _Step, _beliefs

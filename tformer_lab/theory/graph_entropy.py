@@ -16,7 +16,8 @@ import torch
 from scipy.optimize import brentq
 from torch import Tensor
 
-from ..data.graphical import Kernels, check_sizes, draw_kernels, generate
+from ..checks import check_sizes
+from ..data.graphical import Kernels, draw_kernels, generate
 from ..data.graphs import Graph, GraphError
 from .graphical import _Step, _prediction, check_tokens, log_likelihood
 

@@ -33,6 +33,7 @@ from ..tasks.task import Task, task_class
 from .evolution import ALGORITHMS, Evolution
 from .optimizers import make_optimizer, rate_factor
 from .parameters import OWN, ParameterError, Trainer, build, check_names, did_you_mean, field_names, parameter_values, resolve, trainer_for
+from .trace import Tracer
 
 # %% auto #0
 __all__ = ['POPULATION_SIZE', 'POPULATION_STREAM', 'log_spaced', 'spaced', 'map_batch', 'Batches', 'StopRequest', 'MetricsLog',
@@ -76,10 +77,16 @@ class Batches:
         trainer:Trainer,
         rank:int=0, # This process
         processes:int=1,
+        progress:bool=False, # Show a bar where a training set takes long to make?
     ):
         self.task, self.trainer, self.slice = task, trainer, slice(rank, None, processes)
         self._rng, self._epoch = np.random.default_rng([trainer.seed, 0]), None
-        self.data = task.batch(trainer.samples, np.random.default_rng([trainer.seed, 1])) if trainer.samples else None
+        self.data = self._training_set(progress) if trainer.samples else None
+        if self.per_epoch == 1: self.data = map_batch(lambda t: t[:], self.data)  # one on disk is read once
+
+    def _training_set(self, progress):
+        rng, own = np.random.default_rng([self.trainer.seed, 1]), getattr(self.task, "training_set", None)
+        return self.task.batch(self.trainer.samples, rng) if own is None else own(self.trainer.samples, rng, progress)
 
     @property
     def per_epoch(self) -> int|None: # None on the population
@@ -296,14 +303,18 @@ class Descent:
 
 class Session:
     "Model, method, batches and random state of one training"
-    def __init__(self, task:Task, trainer:Trainer):
+    def __init__(self,
+        task:Task,
+        trainer:Trainer,
+        progress:bool=False, # Show a bar where a training set takes long to make?
+    ):
         self.task, self.trainer = task, trainer
         check_task(task, trainer)
         self.accelerator = make_accelerator(trainer)
         self.rank, self.processes = self.accelerator.process_index, self.accelerator.num_processes
         self.patience = make_patience(task, trainer)
         torch.manual_seed(trainer.seed)
-        self.batches = Batches(task, trainer, self.rank, self.processes)
+        self.batches = Batches(task, trainer, self.rank, self.processes, progress)
         model = task.model(self.batches.data)
         if trainer.precision == "float64": model = model.double()
         if not weight_matrices(model): raise ValueError(f"{type(model).__name__} has no 2-D weights whose spectra could be recorded")
@@ -468,6 +479,8 @@ class Loop:
         self.evaluated = self.recorded | self._evaluation_steps()
         self.log, self._saved = MetricsLog(self._write), time.monotonic()
         self.watch = Stopwatch(session.accelerator.device, waits=4 * len(self.evaluated) < self.trainer.steps)
+        traces = self.trainer.profile is not None and writer is not None and writer.run.trace is None
+        self.tracer = Tracer(self.trainer.profile if traces else None, session.accelerator.device, writer.save_trace if traces else None)
         self.bar = tqdm(total=self.trainer.steps, desc="training", unit="step", mininterval=1, disable=not (progress and writer))
 
     def _evaluation_steps(self):
@@ -505,17 +518,22 @@ class Loop:
     def record(self, step:int) -> None:
         "Spectra, and the weights where they are kept"
         if self.writer is None: return
-        self.writer.save_spectra(record(self.session.bare, step))
-        if self.trainer.keep_weights: self.writer.save_weights(step, self.session.bare.state_dict())
+        with self.tracer.part("record"):
+            self.writer.save_spectra(record(self.session.bare, step))
+            if self.trainer.keep_weights: self.writer.save_weights(step, self.session.bare.state_dict())
+
+    def _evaluate(self):
+        with self.tracer.part("evaluate"): return self.session.evaluate()
 
     def save(self, step:int) -> None:
         "The state to go on from, after all that was recorded so far"
         self.log.flush()
-        state = {"step": step, **self.session.state()}
-        self._saved = time.monotonic()
-        if self.writer is None: return
-        self.writer.step = step
-        self.writer.save_state(state)
+        with self.tracer.part("save"):
+            state = {"step": step, **self.session.state()}
+            self._saved = time.monotonic()
+            if self.writer is None: return
+            self.writer.step = step
+            self.writer.save_state(state)
 
     def _is_late(self, step):
         "Is it time for another state? At a checkpoint after a second, else after `save_minutes`"
@@ -524,7 +542,8 @@ class Loop:
 
     def run(self, start:int) -> str|None: # Why it stopped before the end
         "Train from a step to the last"
-        try: return self._run(start)
+        try:
+            with self.tracer: return self._run(start)
         finally:
             self.bar.close()
             if self.writer is not None: self.writer.speed = self.watch.found(getattr(self.session.task, "tokens_per_example", None))
@@ -538,14 +557,15 @@ class Loop:
             if self._is_late(step) or stopping: self.save(step)
             if stopping: return self.stop.reason or "another process was stopped"
             finished = self._finishes(step)
-            metrics = self.session.evaluate() if step in self.evaluated or finished else {}
+            metrics = self._evaluate() if step in self.evaluated or finished else {}
             ended = step == last or finished or bool(metrics) and self._ends(step, metrics)
             self.watch.start()
-            with torch.set_grad_enabled(not ended and self.session.method.follows_gradient): loss = self.session.loss(step)
+            with self.tracer.part("loss"), torch.set_grad_enabled(not ended and self.session.method.follows_gradient): loss = self.session.loss(step)
             self.log.add(step, {"train/loss": self.session.mean(loss.detach()), **metrics})
             if ended: break
-            self.session.update(loss)
-            self.watch.stop(self.session.examples, step + 1 in self.evaluated)
+            with self.tracer.part("update"): self.session.update(loss)
+            if not self.tracer.running: self.watch.stop(self.session.examples, step + 1 in self.evaluated)
+            self.tracer.step()
         self.log.flush()
 
 # %% ../../nbs/training/fit.ipynb #6031ddfc
@@ -641,7 +661,7 @@ def fit(
     if resume is not None: check_same(resume, task, trainer)
     threads = torch.get_num_threads()
     with torch.random.fork_rng(), StopRequest(trainer.time_limit) as stop:
-        try: run, reason = _fit(Session(task, trainer), stop, runs_dir, name, resume, progress, tracking, notebook)
+        try: run, reason = _fit(Session(task, trainer, progress), stop, runs_dir, name, resume, progress, tracking, notebook)
         finally: torch.set_num_threads(threads)
     if reason == "SIGINT": raise KeyboardInterrupt(f"stopped; {shown(run.path)} can be resumed" if run else "stopped")
     return run

@@ -17,8 +17,8 @@ from pydantic.dataclasses import dataclass
 from ..tasks.task import Task, task_class
 
 # %% auto #0
-__all__ = ['OWN', 'Trainer', 'ParameterError', 'did_you_mean', 'build', 'check_names', 'field_names', 'parameter_values',
-           'trainer_for', 'resolve', 'NotebookParameters']
+__all__ = ['OWN', 'TRACE_WARMUP', 'Trainer', 'ParameterError', 'did_you_mean', 'build', 'check_names', 'field_names',
+           'parameter_values', 'trainer_for', 'resolve', 'NotebookParameters']
 
 # %% ../../nbs/training/parameters.ipynb #bfaa4205
 OWN:dict[str, dict[str, Any]] = {  # what one kind of optimizer has and others have not, with its default
@@ -27,6 +27,7 @@ OWN:dict[str, dict[str, Any]] = {  # what one kind of optimizer has and others h
 _GRADIENT = {"lr": 1e-3, "accumulate": 1, "warmup": 0, "schedule": "constant"}  # of all the others
 _CLIPPED, _ADAM = {"clip": None}, {"adam_eps": 1e-8}  # what some of them have besides: a normalized gradient has its length anyway
 _BESIDES = {"sgd": _CLIPPED, "adam": {**_CLIPPED, **_ADAM}, "adamw": {**_CLIPPED, **_ADAM}}
+TRACE_WARMUP = 3 # updates before a trace
 _SPECIAL = dict.fromkeys(name for own in (_GRADIENT, *_BESIDES.values(), *OWN.values()) for name in own)
 
 def _own(optimizer):
@@ -60,6 +61,7 @@ class Trainer:
     ga_tournament:int|None = Field(None, ge=1) # ga: candidates of which the best becomes a parent; None: 3
     ga_eta:float|None = Field(None, ge=0, allow_inf_nan=False) # ga: the larger, the nearer are children to their parents; None: 15
     ga_mutation:float|None = Field(None, ge=0, allow_inf_nan=False) # ga: standard deviation of what is added to children; None: 0.05
+    profile:int|None = Field(None, ge=1) # Updates that are traced, operator by operator, after three that warm up; None: none
     precision:Literal["float32", "float64", "bfloat16", "float16"] = "float32" # Of the arithmetic, and with float64 of the weights, too
     threads:int|None = Field(None, ge=1) # CPU threads; None: one below a million weights, where more only hurt
     time_limit:float|None = Field(None, gt=0) # Minutes after which everything is saved and training stops
@@ -70,6 +72,7 @@ class Trainer:
         if self.population_size and not self.samples: raise ValueError("population_size is for a finite training set: give samples, too")
         if self.accumulate and self.accumulate > self.batch_size: raise ValueError(f"accumulate is {self.accumulate}: a batch of {self.batch_size} examples has no more parts than examples")
         if self.warmup and self.warmup >= self.steps: raise ValueError(f"warmup is {self.warmup}: it should be less than steps, {self.steps}, or the learning rate is never reached")
+        if self.profile and self.profile + TRACE_WARMUP > self.steps: raise ValueError(f"profile is {self.profile}: with {TRACE_WARMUP} updates that warm up it should be {self.steps - TRACE_WARMUP} at most, for steps is {self.steps}" if self.steps > TRACE_WARMUP else f"profile is {self.profile}: {TRACE_WARMUP} updates warm up, and steps is {self.steps}")
         own = _own(self.optimizer)
         for name in _SPECIAL:
             if name in own and getattr(self, name) is None: object.__setattr__(self, name, own[name])
