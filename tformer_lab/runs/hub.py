@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 import torch
 from huggingface_hub import HfApi, ModelCard, ModelCardData, ModelHubMixin, hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError
+from huggingface_hub.errors import HFValidationError
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from safetensors.torch import save
 from torch import Tensor
@@ -125,15 +125,18 @@ def model_card(
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 TIMEOUT = 10 # Seconds in which the hub has to begin to answer
 
-def _status(error): return getattr(getattr(error, "response", None), "status_code", None)
+def _status(error):
+    "The status in an answer of the hub, of an error or of what it came from; None: there was no answer"
+    while error is not None:
+        if (response := getattr(error, "response", None)) is not None: return response.status_code
+        error = error.__cause__
 
 def _why(error, what):
     "What went wrong between here and the hub"
-    status = _status(error)
-    endpoint = HfApi().endpoint
+    status, endpoint = _status(error), HfApi().endpoint
     if isinstance(error, HFValidationError): return f"{what}: it is neither a folder here nor a name on the hub, owner/name"
     if status in (401, 403): return f"{what}: {endpoint} refuses ({status}). Is the name right? If so, log in with `hf auth login`, or give a token that may {'write' if 'push' in what else 'read'} it"
-    if status == 404 or isinstance(error, EntryNotFoundError) and status is not None: return f"{what}: {endpoint} has no such model, or it lacks a file ({status})"
+    if status == 404: return f"{what}: {endpoint} has no such model, or it lacks a file ({status})"
     if status is not None: return f"{what}: {endpoint} answers {status}"
     return f"{what}: no answer from {endpoint}, nor is it kept here ({type(error).__name__}). Is there a connection? HF_ENDPOINT names another hub"
 
@@ -145,6 +148,15 @@ def _fetch(source, name, **options):
         return path
     try: return Path(hf_hub_download(source, name, etag_timeout=TIMEOUT, **options))
     except Exception as error: raise HubError(_why(error, f"{source!r} cannot be loaded")) from error  # each version of the library has kinds of its own
+
+def _answers(repo_id, what, token=None, revision=None, may_lack=False):
+    "Does the hub answer in time? That it refuses is an error, and that it lacks the model, unless it may"
+    try: HfApi(token=token).model_info(repo_id, revision=revision, timeout=TIMEOUT)
+    except Exception as error:
+        status = _status(error)
+        if isinstance(error, HFValidationError) or status is not None and not (may_lack and status in (401, 404)): raise HubError(_why(error, what)) from error  # the hub says 401 of a model that is not there, too
+        return status is not None
+    return True
 
 # %% ../../nbs/runs/hub.ipynb #d9200a72
 _PLACES = {"language": "corpus", "graphical": "graph"}  # tasks that train language models, and the parameter of each that is a place
@@ -201,9 +213,9 @@ class SavedModel(ModelHubMixin):
         "Upload it"
         what = f"{repo_id!r} cannot be pushed to"
         try:
-            try: HfApi(token=token).model_info(repo_id, timeout=TIMEOUT)  # what follows would wait for ever
-            except HfHubHTTPError: pass  # it answers
+            if not _answers(repo_id, what, token, may_lack=True): raise TimeoutError(TIMEOUT)  # the mixin would wait for ever
             return str(super().push_to_hub(repo_id, token=token, **options))
+        except HubError: raise
         except Exception as error: raise HubError(_why(error, what)) from error
 
     @classmethod
@@ -215,6 +227,8 @@ class SavedModel(ModelHubMixin):
     ) -> SavedModel: # Raises HubError
         "Load a model, its weights on the CPU"
         source, options = str(source), {"revision": revision, **options}
+        if not os.path.isdir(source) and not options.get("local_files_only"):
+            options["local_files_only"] = not _answers(source, f"{source!r} cannot be loaded", options.get("token"), revision)
         path = _fetch(source, CONFIG, **options)
         config = read_config(path.read_bytes(), path)
         path = _fetch(source, WEIGHTS, **options)
