@@ -15,10 +15,10 @@ from torch.nn import functional as F
 from .decoder import EPS, Decoder, KeyValues, LanguageModel, State, causal_mask, check_sizes, linear
 
 # %% auto #0
-__all__ = ['SCHEDULES', 'GATES', 'compute_some', 'first_places', 'chosen_places', 'CausalRouter', 'Signals', 'ScoreRouter',
-           'trailing_mean', 'static_surprise', 'change_surprise', 'SurpriseRouter', 'ChosenKeyValues', 'ramp', 'Answer',
-           'Choice', 'check_weights', 'check_routing', 'Routed', 'MoD', 'SDT', 'STT', 'is_routed', 'answer',
-           'with_gradient_of', 'Routing', 'routing', 'routing_metrics']
+__all__ = ['SCHEDULES', 'GATES', 'ROUTED', 'compute_some', 'first_places', 'chosen_places', 'CausalRouter', 'Signals',
+           'ScoreRouter', 'trailing_mean', 'static_surprise', 'change_surprise', 'SurpriseRouter', 'ChosenKeyValues',
+           'ramp', 'Answer', 'Choice', 'check_weights', 'check_routing', 'Routed', 'MoD', 'SDT', 'STT', 'is_routed',
+           'answer', 'with_gradient_of', 'Routing', 'routing', 'routing_metrics']
 
 # %% ../../nbs/models/routed.ipynb #59e71b71
 def compute_some(
@@ -473,6 +473,8 @@ class SDT(Routed):
 class STT(SDT):
     "Subjective timescale: the same, given the stream of the token before"
     from_last = True
+
+ROUTED = {"mod": MoD, "sdt": SDT, "stt": STT}
 
 # %% ../../nbs/models/routed.ipynb #81147b2a
 def is_routed(
