@@ -11,7 +11,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from tformer_lab.data.text import NGrams, even_starts, read_text, xz_bits
-from tformer_lab.models.recurrent import KINDS, own_options
+from tformer_lab.models.language import KINDS, own_options
+from tformer_lab.models.routed import ROUTED
 from tformer_lab.runs.store import Run
 from tformer_lab.runs.sweep import sweep
 from tformer_lab.tasks.language import Language, context_figure, position_groups, text_metrics
@@ -105,11 +106,12 @@ def test_references_in_characters_count_bytes(corpus):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_kind_of_model_learns_to_beat_counting_words_and_is_read_back(kind, corpus, tmp_path):
-    task = small(corpus, model=kind)
+    task = small(corpus, model=kind, n_layers=2 if kind in ROUTED else 1)
     run = fit(task, runs_dir=tmp_path / "runs", steps=120, batch_size=16, lr=1e-2, warmup=10, checkpoints=1, evaluations=2, progress=False)
     values = {(r["metric"], r["name"]): r["value"] for r in run.references}
     assert run.optimum == [] and run.metrics["valid/bits_per_byte"].iloc[-1] < values["valid/bits_per_byte", "bigram entropy"]
-    assert task.evaluate(trained(run)) == {name: run.metrics[name].iloc[-1] for name in ("valid/loss", "valid/perplexity", "valid/bits_per_byte")}
+    found = task.evaluate(trained(run))
+    assert found == {name: run.metrics[name].iloc[-1] for name in found} and found.keys() >= {"valid/loss", "valid/perplexity", "valid/bits_per_byte"}
     assert "tokens_per_second" in run.status_details["speed"]
 
 
@@ -122,6 +124,18 @@ def test_task_follows_the_protocol(corpus):
 def test_every_option_of_every_kind_is_a_parameter():
     assert {name for kind in KINDS for name in own_options(kind)} <= field_names(Language)
     assert {f.name for f in fields(Language)} - field_names(Language) == {"architecture"}
+
+
+def test_a_routed_model_learns_from_its_routers_losses_and_reports_its_own_alone(corpus):
+    """And without gradients it would learn nothing of them."""
+    task = small(corpus, model="mod", n_layers=2, capacity=.5)
+    torch.manual_seed(0)
+    model, batch = task.model(), task.batch(4, np.random.default_rng(0))
+    loss = task.loss(model.train(), batch)
+    loss.backward()
+    assert loss.item() == pytest.approx(F.cross_entropy(model(batch.tokens[:, :-1]).flatten(0, 1), batch.tokens[:, 1:].flatten()).item())
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in model.parameters())
+    with pytest.raises(ParameterError, match="losses of their own"): fit(task, optimizer="es", steps=2, progress=False)
 
 
 def test_default_model_has_a_million_weights():

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from ..data.text import Vocabulary
 from ..models.decoder import LanguageModel
-from ..models.recurrent import language_model, own_options
+from ..models.language import language_model, own_options
 from .grid import listed
 from .store import Run, last_metrics
 from ..storage import FileError, read_safetensors, write_atomically
@@ -38,7 +38,7 @@ __all__ = ['CONFIG', 'WEIGHTS', 'TIMEOUT', 'HubError', 'SavedConfig', 'read_conf
 class HubError(FileError):
     "A model cannot be saved, or what is found is no model"
 
-_Number = bool | int | float | None
+_Value = bool | int | float | str | None
 
 class SavedConfig(BaseModel):
     "What it takes to build a model, and where it comes from"
@@ -48,11 +48,11 @@ class SavedConfig(BaseModel):
     vocab_size:int = Field(ge=1, le=2**24)
     d_model:int = Field(ge=1, le=2**20) # Width
     n_layers:int = Field(ge=1, le=2**12) # Blocks
-    options:dict[str, _Number] = {} # Of the kind
+    options:dict[str, _Value] = {} # Of the kind
     alphabet:str|None = None # Characters by token; None: bytes, or no text
     task:str|None = None # That it was trained on
-    parameters:dict[str, _Number | str] = {} # Of the task
-    trainer:dict[str, _Number | str] = {}
+    parameters:dict[str, _Value] = {} # Of the task
+    trainer:dict[str, _Value] = {}
     step:int|None = None # Updates
     metrics:dict[str, float] = {} # The last that were recorded
     optimum:list[Optimum] = []
@@ -61,7 +61,7 @@ class SavedConfig(BaseModel):
     @model_validator(mode="after")
     def _fits(self):
         if self.alphabet is not None and Vocabulary(self.alphabet).size != self.vocab_size: raise ValueError(f"the alphabet has {len(self.alphabet)} characters, and vocab_size is {self.vocab_size}")
-        with torch.device("meta"): language_model(self.kind, self.vocab_size, self.d_model, 1, **self.options)
+        with torch.device("meta"): language_model(self.kind, self.vocab_size, self.d_model, min(self.n_layers, max(2, int(self.options.get("every") or 2))), **self.options)
         return self
 
 def read_config(
@@ -83,11 +83,10 @@ def build_model(
 ) -> LanguageModel: # On the CPU, for evaluation; raises HubError
     "A model from its configuration and weights"
     with torch.device("meta"): model = language_model(config.kind, config.vocab_size, config.d_model, config.n_layers, **config.options)
-    wanted = {name: list(t.shape) for name, t in model.state_dict().items()}
-    found = {name: list(t.shape) for name, t in weights.items()}
+    wanted, found = ({name: f"{list(t.shape)} {'of real numbers' if t.is_floating_point() else t.dtype}" for name, t in tensors.items()} for tensors in (model.state_dict(), weights))
     wrong = [f"{name} is {found.get(name, 'missing')}, and it should be {wanted.get(name, 'missing')}" for name in sorted(wanted.keys() | found.keys()) if wanted.get(name) != found.get(name)]
-    wrong += [f"{name} has numbers of type {t.dtype}" for name, t in weights.items() if not t.is_floating_point()]
     if wrong: raise HubError(f"{source} does not fit its configuration: {'; '.join(wrong[:3])}" + (f", and {len(wrong) - 3} more" if len(wrong) > 3 else ""))
+    with torch.random.fork_rng([]): model = language_model(config.kind, config.vocab_size, config.d_model, config.n_layers, **config.options)  # no larger than the file
     model.load_state_dict(dict(weights), assign=True)
     return model.eval()
 
