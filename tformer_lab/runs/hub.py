@@ -11,12 +11,12 @@ import os
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from huggingface_hub import HfApi, ModelCard, ModelCardData, ModelHubMixin, hf_hub_download
 from huggingface_hub.errors import HFValidationError
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 from safetensors.torch import save
 from torch import Tensor
 
@@ -26,6 +26,7 @@ from ..models.language import language_model, own_options
 from .grid import listed
 from .store import Run, last_metrics
 from ..storage import FileError, read_safetensors, write_atomically
+from ..tasks.language import Language
 from ..tasks.task import Optimum, Reference, task_class
 from ..training.fit import resumed, trained
 from ..training.parameters import ParameterError, build, check_names, field_names, parameter_values
@@ -39,6 +40,13 @@ class HubError(FileError):
     "A model cannot be saved, or what is found is no model"
 
 _Value = bool | int | float | str | None
+
+def _check_option(name, value):
+    "An option of a model is what a parameter of that name may be"
+    field = Language.__pydantic_fields__.get(name)
+    if field is None: return  # no kind has it, as will be said
+    try: TypeAdapter(Annotated[field.annotation, *field.metadata]).validate_python(value, strict=True)
+    except ValidationError as error: raise ValueError(f"options.{name} is {value!r}: {error.errors()[0]['msg']}") from None
 
 class SavedConfig(BaseModel):
     "What it takes to build a model, and where it comes from"
@@ -61,6 +69,7 @@ class SavedConfig(BaseModel):
     @model_validator(mode="after")
     def _fits(self):
         if self.alphabet is not None and Vocabulary(self.alphabet).size != self.vocab_size: raise ValueError(f"the alphabet has {len(self.alphabet)} characters, and vocab_size is {self.vocab_size}")
+        for name, value in self.options.items(): _check_option(name, value)
         with torch.device("meta"): language_model(self.kind, self.vocab_size, self.d_model, min(self.n_layers, max(2, int(self.options.get("every") or 2))), **self.options)
         return self
 
