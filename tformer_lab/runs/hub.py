@@ -45,7 +45,7 @@ def _check_option(name, value):
     "An option of a model is what a parameter of that name may be"
     field = Language.__pydantic_fields__.get(name)
     if field is None: return  # no kind has it, as will be said
-    try: TypeAdapter(Annotated[field.annotation, *field.metadata]).validate_python(value, strict=True)
+    try: TypeAdapter(Annotated[field.annotation, Field(), *field.metadata]).validate_python(value, strict=True)
     except ValidationError as error: raise ValueError(f"options.{name} is {value!r}: {error.errors()[0]['msg']}") from None
 
 class SavedConfig(BaseModel):
