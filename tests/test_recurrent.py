@@ -10,7 +10,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from tformer_lab.models.decoder import Decoder, flops, flops_by_part, next_tokens, parameter_count
-from tformer_lab.models.recurrent import KINDS, MIXERS, Hawk, Mamba, Memory, MinGRU, MinLSTM, Recurrent, language_model, own_options, scan, selective_scan
+from tformer_lab.models.language import KINDS, language_model, own_options
+from tformer_lab.models.recurrent import MIXERS, Hawk, Mamba, Memory, MinGRU, MinLSTM, Recurrent, scan, selective_scan
+from tformer_lab.models.routed import ROUTED
 from tformer_lab.spectra.matrices import weight_matrices
 
 VOCAB, N, TIME, D = 11, 3, 9, 8
@@ -410,7 +412,7 @@ def test_compiled_it_says_the_same(kind, backend, tokens):
     for p, grad in zip(model.parameters(), grads): torch.testing.assert_close(p.grad, grad, rtol=1e-3, atol=1e-4)
 
 
-# One call for five kinds
+# One call for all kinds
 
 def test_one_call_makes_each_kind_with_what_it_takes(tokens):
     assert isinstance(language_model("transformer", VOCAB, 16, 1, n_heads=2, rotary_base=99., feedforward=7, tied=True), Decoder)
@@ -419,18 +421,18 @@ def test_one_call_makes_each_kind_with_what_it_takes(tokens):
         assert isinstance(model, Recurrent) and len(model.blocks) == 3 and model.unembedding is None
         assert all(type(block.recurrence) is MIXERS[kind] and block.recurrence.d_recurrent == 10 and block.recurrence.convolution is None and block.feedforward.up.weight.shape == (7, 16) for block in model.blocks)
     assert language_model("mamba", VOCAB, 16, 1, d_state=3, dt_rank=5).blocks[0].recurrence.dt_in.weight.shape == (5, 32)
-    assert set(own_options("mamba")) == {"feedforward", "tied", "d_recurrent", "convolution", "d_state", "dt_rank"} and KINDS == ("transformer", *MIXERS)
+    assert set(own_options("mamba")) == {"feedforward", "tied", "d_recurrent", "convolution", "d_state", "dt_rank"} and KINDS == ("transformer", *MIXERS, *ROUTED)
     for kind in KINDS:
         torch.manual_seed(3)
-        first = language_model(kind, VOCAB, 16, 1)
+        first = language_model(kind, VOCAB, 16, 2)
         torch.manual_seed(3)
-        assert all(torch.equal(p, q) for p, q in zip(first.parameters(), language_model(kind, VOCAB, 16, 1).parameters()))
+        assert all(torch.equal(p, q) for p, q in zip(first.parameters(), language_model(kind, VOCAB, 16, 2).parameters()))
         assert first(tokens).shape == (N, TIME, VOCAB)
 
 
 @pytest.mark.parametrize("arguments, options, said", [
-    (("mambo", VOCAB), {}, "kind is 'mambo'.*did you mean 'mamba'"), (("Hawk", VOCAB), {}, "did you mean 'hawk'"), (("lstm", VOCAB), {}, "did you mean 'minlstm'"), (("zebra", VOCAB), {}, "one of 'transformer', 'mingru', 'minlstm', 'hawk', 'mamba'$"),
-    (("hawk", VOCAB), {"n_heads": 2}, "hawk takes no 'n_heads', it takes feedforward"), (("transformer", VOCAB), {"n_head": 2}, "did you mean 'n_heads'"), (("mingru", VOCAB), {"d_state": 2}, "mingru takes no 'd_state'"),
+    (("mambo", VOCAB), {}, "kind is 'mambo'.*did you mean 'mamba'"), (("Hawk", VOCAB), {}, "did you mean 'hawk'"), (("lstm", VOCAB), {}, "did you mean 'minlstm'"), (("zebra", VOCAB), {}, "one of 'transformer', 'mingru', 'minlstm', 'hawk', 'mamba', 'mod', 'sdt', 'stt'$"),
+    (("hawk", VOCAB), {"n_heads": 2}, "hawk takes no 'n_heads', it takes feedforward"), (("transformer", VOCAB), {"n_head": 2}, "did you mean 'n_heads'"), (("mingru", VOCAB), {"d_state": 2}, "mingru takes no 'd_state'"), (("mod", VOCAB), {"capacty": .5}, "did you mean 'capacity'"), (("mod", VOCAB), {"window": 5}, "mod takes no 'window'"),
     (("mamba", VOCAB), {"d_state": 0}, "d_state is 0"), (("mamba", VOCAB), {"dt_rank": 1.5}, "dt_rank is 1.5"), (("hawk", VOCAB), {"convolution": 1}, "convolution is 1: it has to be a whole number, 2 or more, or 0"),
     (("hawk", VOCAB), {"convolution": True}, "convolution is True"), (("hawk", VOCAB), {"convolution": -4}, "convolution is -4"), (("hawk", VOCAB), {"convolution": 4.}, "convolution is 4.0"), (("hawk", VOCAB), {"d_recurrent": 0}, "d_recurrent is 0"),
     (("mingru", 0), {}, "vocab_size is 0"), (("mingru", VOCAB, 0), {}, "d_model is 0"), (("mingru", VOCAB, 8, 0), {}, "n_layers is 0"), (("mingru", VOCAB, 8.), {}, "d_model is 8.0"), (("mamba", VOCAB), {"feedforward": 0}, "feedforward is 0")])

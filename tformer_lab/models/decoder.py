@@ -224,7 +224,7 @@ def check_generation(
 WRITERS = "o", "down", "out" # The matrices that write into the residual stream
 
 class LanguageModel(nn.Module):
-    "What all decoder-only models share; a kind of them says how a block runs (`_run`) and what it keeps (`_keep`)"
+    "What all decoder-only models share; a kind of them says how a block runs (`_run`) and what it keeps (`_keep`), or how the stream goes through all of them (`_stream`)"
     def __init__(self,
         blocks:list[nn.Module], # From [n, time, d_model] to the same
         vocab_size:int, # Tokens are from 0 to vocab_size - 1
@@ -265,21 +265,37 @@ class LanguageModel(nn.Module):
         state:State|None=None, # Of earlier tokens, to which these are added; None: these are the first
     ) -> Tensor: # [n, time, vocab_size]
         "Logits of the token after each"
+        return self.predict(self._read(tokens, state))
+
+    def _read(self, tokens, state, **more):
+        "The stream after the last block"
         x, first, kept = self.embed(tokens), 0, [None] * len(self.blocks)
         if state is not None:
             state.check(len(tokens), len(self.blocks))
             first, kept = state.length, state.blocks
-        for block, keep in zip(self.blocks, kept): x = self._run(block, x, first, keep)
+        for x in self._stream(x, first, kept, **more): pass
         if state is not None: state.n, state.length = len(tokens), first + tokens.shape[1]
-        return self.predict(x)
+        return x
+
+    def _stream(self, x, first, kept):
+        "The stream after each block, of tokens from position `first` on"
+        for block, keep in zip(self.blocks, kept):
+            x = self._run(block, x, first, keep)
+            yield x
 
     def residual_stream(self,
         tokens:Tensor, # [n, time]
     ) -> list[Tensor]: # [n, time, d_model] each: before the first block, and after each
         "What the blocks read and write"
-        stream = [self.embed(tokens)]
-        for block in self.blocks: stream.append(self._run(block, stream[-1], 0, None))
-        return stream
+        x = self.embed(tokens)
+        return [x, *self._stream(x, 0, [None] * len(self.blocks))]
+
+    def computed_tokens(self,
+        block:int, # Which one
+        length:int, # Of the sequence
+    ) -> int:
+        "Tokens of a sequence that a block computes"
+        return length
 
     @torch.no_grad()
     def generate(self,
@@ -358,12 +374,17 @@ def flops_by_part(
 ) -> Flops:
     "The floating-point operations of a forward pass on one sequence"
     check_sizes(length=length)
-    modules = list(model.modules())
+    inside = {module for block in model.blocks for module in block.modules()}
+    parts = [_flops([module for module in model.modules() if module not in inside], length),
+             *(_flops(list(block.modules()), model.computed_tokens(i, length)) for i, block in enumerate(model.blocks))]
+    if model.unembedding is None: parts.append(Flops(2 * length * model.embedding.weight.numel(), 0, 0, 0))
+    return Flops(*map(sum, zip(*parts)))
+
+def _flops(modules, tokens):
+    "Of so many tokens in some modules"
     def of(kind): return [module for module in modules if isinstance(module, kind)]
-    matrices = sum(module.weight.numel() for module in of(nn.Linear))
-    if model.unembedding is None: matrices += model.embedding.weight.numel()
-    return Flops(2 * length * matrices, sum(4 * length**2 * module.n_heads * module.size for module in of(Attention)), sum(2 * length * module.weight.numel() for module in of(nn.Conv1d)),
-                 length * sum(getattr(module, "recurrence_flops", 0) for module in modules))
+    return Flops(2 * tokens * sum(module.weight.numel() for module in of(nn.Linear)), sum(4 * tokens**2 * module.n_heads * module.size for module in of(Attention)),
+                 2 * tokens * sum(module.weight.numel() for module in of(nn.Conv1d)), tokens * sum(getattr(module, "recurrence_flops", 0) for module in modules))
 
 def flops(
     model:LanguageModel,

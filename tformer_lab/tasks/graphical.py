@@ -19,7 +19,8 @@ from torch.nn import functional as F
 from ..data.graphical import Kernels, StoredSequences, draw_kernels, generate, stored_sequences
 from ..data.graphs import Graph, GraphError, read_graph
 from ..models.decoder import LanguageModel
-from ..models.recurrent import language_model, own_options
+from ..models.language import language_model, own_options
+from ..models.routed import ROUTED, answer, routing_metrics, with_gradient_of
 from ..runs.store import project_top
 from .task import Optimum, Reference
 from ..theory.graph_entropy import entropy_rate, token_entropies
@@ -78,6 +79,8 @@ TEST_STREAM = 0x6EA9_7E57_6EA9_7E57  # no seed of a training draws the same numb
 _AT_ONCE = 2**16  # sequences that are drawn together
 _LARGEST = 2**26  # probabilities that are kept of the best predictions, half a GiB
 _OPTIONS = "n_heads", "feedforward", "tied", "rotary_base", "d_recurrent", "convolution", "d_state", "dt_rank"
+_ROUTING = ("capacity", "every", "router_weight", "balance_weight", "gate_warmup_weight", "gate_warmup", "score_weight", "z_weight", "residual_variance", "o_ce", "m_cu", "learn_thresholds", "window", "prior_width", "gates",
+            "beta_from", "beta_to", "beta_warmup", "beta_schedule", "prior_weight")
 
 @dataclass(config=ConfigDict(extra="forbid"), frozen=True, kw_only=True)
 class Graphical:
@@ -90,7 +93,7 @@ class Graphical:
     stored:str|None = None # A .npy file with the sequences of a finite training set, from the top of the project or absolute, made if it is not there; None: they are in memory
     stored_seed:int|None = Field(None, ge=0, lt=2**63) # Of the sequences in that file; None: 0
     test_size:int = Field(512, ge=2) # Sequences that every model is evaluated on
-    architecture:Literal["transformer", "mingru", "minlstm", "hawk", "mamba"] = Field("transformer", alias="model")
+    architecture:Literal["transformer", "mingru", "minlstm", "hawk", "mamba", "mod", "sdt", "stt"] = Field("transformer", alias="model")
     d_model:int = Field(64, ge=1) # Width of the model
     n_layers:int = Field(2, ge=1) # Blocks
     n_heads:int|None = Field(None, ge=1) # Of a transformer; None: 4
@@ -101,6 +104,26 @@ class Graphical:
     convolution:int|None = Field(None, ge=0) # Width of the convolution before a recurrence, 0: none; None: 4
     d_state:int|None = Field(None, ge=1) # mamba: numbers kept of each channel; None: 16
     dt_rank:int|None = Field(None, ge=1) # mamba: rank of the step sizes; None: a sixteenth of the model's width
+    capacity:float|None = Field(None, gt=0, le=1) # mod, sdt, stt: share of the tokens that a routed block computes in training; 1: nothing is routed; None: 0.75
+    every:int|None = Field(None, ge=1) # mod, sdt, stt: which blocks are routed, 2: every second, 1: all (mod); None: 2
+    router_weight:float|None = Field(None, ge=0, allow_inf_nan=False) # mod, sdt, stt: of the loss of the causal routers, which decide in inference; None: 0.01
+    balance_weight:float|None = Field(None, ge=0, allow_inf_nan=False) # mod, sdt, stt: of the loss that balances the load over routed blocks; None: 0
+    gate_warmup_weight:float|None = Field(None, ge=0, allow_inf_nan=False) # mod, sdt, stt: of the loss that keeps gates open, at step 0; None: 0
+    gate_warmup:int|None = Field(None, ge=1) # mod, sdt, stt: steps until that weight is zero; None: 100
+    score_weight:float|None = Field(None, ge=0, allow_inf_nan=False) # mod: of the scores' cross-entropy on their own choice; None: 0.01
+    z_weight:float|None = Field(None, ge=0, allow_inf_nan=False) # mod: of the mean squared score; None: 0.0001
+    residual_variance:float|None = Field(None, gt=0, allow_inf_nan=False) # sdt, stt: c, around the residual; None: 1
+    o_ce:float|None = Field(None, gt=0, allow_inf_nan=False) # sdt, stt: threshold of an expected change, before training; None: 1.025
+    m_cu:float|None = Field(None, allow_inf_nan=False) # sdt, stt: threshold of an unexpected change, before training; None: 1.1
+    learn_thresholds:bool|None = None # sdt, stt: are these two learnt? None: True
+    window:int|None = Field(None, ge=1) # sdt, stt: tokens that the mean surprise is over; None: 100
+    prior_width:int|None = Field(None, ge=1) # sdt, stt: of the network that predicts; None: an eighth of the model's width
+    gates:Literal["either", "expected"]|None = None # sdt, stt: open where one or the other change is, or the expected alone; None: either
+    beta_from:float|None = Field(None, ge=0, allow_inf_nan=False) # sdt, stt: how sharp gates are at first; None: 0.1
+    beta_to:float|None = Field(None, ge=0, allow_inf_nan=False) # sdt, stt: and at the last step; None: 100
+    beta_warmup:int|None = Field(None, ge=0) # sdt, stt: steps before that begins to grow; None: 100
+    beta_schedule:Literal["linear", "cosine"]|None = None # sdt, stt: how it grows; None: linear
+    prior_weight:float|None = Field(None, ge=0, allow_inf_nan=False) # sdt, stt: of the loss of the prediction; None: 0.05
     graph_fingerprint:str|None = Field(None, pattern=r"\A[0-9a-f]{16}\z") # The graph has to have; None: whatever the file's is
 
     name:ClassVar[str] = "graphical"
@@ -115,7 +138,7 @@ class Graphical:
         object.__setattr__(self, "graph_fingerprint", found)
         if self.stored is not None and Path(self.stored).suffix != ".npy": raise ValueError(f"stored is {self.stored!r}: it should be the path of a file that ends on .npy")
         if self.stored is None and self.stored_seed is not None: raise ValueError(f"stored_seed is {self.stored_seed}: it is for sequences in a file, give stored, too")
-        with torch.random.fork_rng([]): self._model(1)
+        with torch.random.fork_rng([]): self._model(min(self.n_layers, self.every or 2))  # as many blocks as one that is routed needs
         return self
 
     @cached_property
@@ -138,8 +161,13 @@ class Graphical:
         parts = [f"{name.replace('_', '-')}{value:g}" for name in ("concentration", "observed_concentration") if (value := getattr(self, name)) is not None]
         return "-".join([self.architecture, Path(self.graph).stem, *parts])
 
+    @property
+    def routed(self) -> bool:
+        "Are there blocks that compute some tokens only?"
+        return self.architecture in ROUTED and self.capacity != 1
+
     def _model(self, n_layers):
-        given = {name: value for name in _OPTIONS if (value := getattr(self, name)) is not None}
+        given = {name: value for name in (*_OPTIONS, *_ROUTING) if (value := getattr(self, name)) is not None}
         for name in given:
             if name not in own_options(self.architecture): raise ValueError(f"{name} is {given[name]!r}: the model {self.architecture!r} has no such parameter; it has {', '.join(own_options(self.architecture))}")
         return language_model(self.architecture, self.nodes.vocab_size, self.d_model, n_layers, **given)
@@ -149,6 +177,10 @@ class Graphical:
     ) -> LanguageModel:
         "A new model"
         return self._model(self.n_layers)
+
+    def check_trainer(self, trainer) -> None: # Raises ValueError
+        "Refuse to evolve what learns from losses of its own"
+        if self.routed and trainer.optimizer in ("es", "ga"): raise ValueError(f"optimizer = {trainer.optimizer!r}: the routers of {self.architecture!r} learn from losses of their own, by their gradients; take an optimizer that follows one, adam")
 
     def batch(self,
         n:int, # Sequences
@@ -174,8 +206,9 @@ class Graphical:
         model:nn.Module, # Gives logits [n, time, vocab] of the token after each
         batch:Tokens,
     ) -> Tensor: # Scalar
-        "Mean cross-entropy of the next token, in nats"
-        return token_losses(model(batch.tokens[:, :-1]), batch.tokens).mean()
+        "Mean cross-entropy of the next token, in nats; its gradient has that of a routed model's auxiliary losses, too"
+        logits, auxiliary, _ = answer(model, batch.tokens[:, :-1])
+        return with_gradient_of(token_losses(logits, batch.tokens).mean(), auxiliary)
 
     @cached_property
     def test(self) -> Tensor: # [test_size, length]
@@ -218,10 +251,10 @@ class Graphical:
     def evaluate(self,
         model:nn.Module,
     ) -> dict[str, float]:
-        "Loss on the test sequences, how far it is from the optimum, and the loss at some positions"
+        "Loss on the test sequences, how far it is from the optimum, the loss at some positions, and what a routed model's routers do"
         losses, excess = self._on_test(model)
         found = {"valid/loss": losses.mean().item()} | ({} if excess is None else {"valid/excess": excess.mean().item()})
-        return found | {f"valid/loss_{t}": losses[:, t - 1].mean().item() for t in self.positions}
+        return found | {f"valid/loss_{t}": losses[:, t - 1].mean().item() for t in self.positions} | routing_metrics(model, self.test[:, :-1], max(1, 2**13 // self.length))
 
     def by_position(self,
         model:nn.Module,
@@ -233,11 +266,11 @@ class Graphical:
         return PositionLosses(*(x.numpy() for x in (entropy + excess.mean(0), entropy, excess.mean(0), excess.std(0) / len(excess)**.5)))
 
     def optimum(self) -> list[Optimum]: # Estimates; empty where there is no exact likelihood
-        "The entropy per token: on the test sequences their likelihood, in training the mean over others"
+        "The entropy per token: on the test sequences their likelihood, in training the mean over others; of a routed model none in training, where later tokens have a say in what is computed"
         if self._surprise is None: return []
         train, surprise = entropy_rate(self.kernels, 1024, self.length, self.kernel_seed), self._surprise.numpy()
         error = lambda values: float(values.std(ddof=1) / len(values)**.5)
-        return [*(Optimum(metric, train.value, "estimate", train.error) for metric in ("train/loss", "population/loss")),
+        return [*(Optimum(metric, train.value, "estimate", train.error) for metric in ("train/loss", "population/loss")[self.routed:]),
                 Optimum("valid/loss", float(surprise.mean()), "estimate", error(surprise.mean(1))), Optimum("valid/excess", 0.),
                 *(Optimum(f"valid/loss_{t}", float(surprise[:, t - 1].mean()), "estimate", error(surprise[:, t - 1]), t) for t in self.positions)]
 

@@ -339,6 +339,10 @@ class Session:
         "Have the method decide what it decides by measuring, or do as the resumed run did"
         return self.method.settle(lambda: self._to_device(self.task.batch(self.trainer.batch_size, np.random.default_rng([self.trainer.seed, 3]))), config)
 
+    def advance(self, step:int) -> None:
+        "Tell a model that wants to know it how far the training is"
+        getattr(self.bare, "advance", lambda step, steps: None)(step, self.trainer.steps)
+
     def loss(self, step:int) -> Tensor: # Scalar, on this process's part of the batch
         "The loss on a step's batch; of one in parts the gradient is there, too"
         self._step, self._batch = step, self._to_device(self.batches.batch(step))
@@ -552,6 +556,7 @@ class Loop:
     def _run(self, start):
         last = self.trainer.steps
         for step in range(start, last + 1):
+            self.session.advance(step)
             stopping = self.session.anyone(self.stop.reason is not None)
             if step in self.recorded: self.record(step)
             if self._is_late(step) or stopping: self.save(step)
