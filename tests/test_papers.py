@@ -2,11 +2,14 @@
 import math
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import nbformat
+import numpy as np
 import pandas as pd
 import pytest
+from scipy.stats import betabinom
 
 from tformer_lab.runs.grid import combinations
 from tformer_lab.runs.sweep import read_sweep
@@ -216,3 +219,62 @@ def test_a_reduced_sweep_of_students_has_every_kind(reduced_students):
 def test_reduced_figures_of_students_show_the_best_error(reduced_students):
     figures = [output.data["application/vnd.plotly.v1+json"] for cell in reduced_students[1].cells for output in cell.get("outputs", []) if "application/vnd.plotly.v1+json" in output.get("data", {})]
     assert [any(trace.get("name") == "Bayes-optimal" for trace in figure["data"]) for figure in figures] == [True, True, False, False, True, True, False, False, False]
+
+
+# Graph-structured sequences
+
+GRAPHICAL = ["graph", "model", "d_model", "samples", "steps", "concentration", "observed_concentration"]
+KINDS = {"transformer", "mingru", "minlstm", "hawk", "mamba"}
+
+
+def graphical_tables(folder): return {name: pd.read_csv(folder / f"graphical_{name}.csv", comment="#") for name in ("runs", "curves", "positions", "spectra", "values", "entropies", "probes")}
+
+
+def asked_of_graphs():
+    """Every setting of the sweep, with its number of seeds."""
+    found = Counter()
+    for one in combinations(read_sweep(PAPERS / "graphical.yaml")["parameters"]):
+        task, trainer = resolve(one, others=set())
+        found[Path(task.graph).stem, task.architecture, task.d_model, trainer.samples or 0, trainer.steps, task.nodes.nodes[0].concentration, task.nodes.observed.concentration] += 1
+    return found
+
+
+def test_the_sweep_of_graphs_has_five_kinds_of_models_on_every_axis():
+    wanted = asked_of_graphs()
+    chain = [one for one in wanted if one[0] == "chain" and one[5:] == (.0168, .0168)]
+    assert {(model, d_model) for _, model, d_model, samples, steps, *_ in chain if not samples and steps == 500} == {(model, d) for model in KINDS for d in (8, 16, 32, 64)}
+    assert {(model, samples) for _, model, _, samples, *_ in chain if samples} == {(model, n) for model in KINDS for n in (32, 100, 316, 1000, 3162, 10000)}
+    assert {one[:2] for one in wanted} == {(graph, model) for graph in ("chain", "five_nodes", "slow", "counts") for model in KINDS}
+    assert {count for one, count in wanted.items() if one[4] == 500 and (one[0] != "chain" or one[5:] == (.0168, .0168))} == {3}
+
+
+def test_saved_runs_of_graphs_hold_every_setting_and_never_pass_the_entropy():
+    tables, wanted = graphical_tables(PAPERS / "results"), asked_of_graphs()
+    assert {tuple(one): n for *one, n in tables["runs"][[*GRAPHICAL, "n"]].itertuples(index=False, name=None)} == wanted
+    for name in ("runs", "curves", "positions"): assert (tables[name]["excess"] >= 0).all()
+    assert (tables["runs"]["least_excess"] <= tables["runs"]["excess"]).all()
+    assert of_settings(tables["positions"], ["graph", "model"]) == {(graph, model) for graph in ("chain", "five_nodes", "slow", "counts") for model in KINDS}
+
+
+def test_saved_entropies_of_counts_are_those_of_a_polya_urn():
+    """The closed form, of a token from 16 whose frequencies are Dirichlet, given how often each has come."""
+    found = graphical_tables(PAPERS / "results")["positions"].query("graph == 'counts' and model == 'mingru'").set_index("position")["entropy"]
+    a, k = .3, 16
+    for position, value in found.items():
+        n = np.arange(position)
+        p = (n + a) / (position - 1 + k * a)
+        urn = -k * (betabinom.pmf(n, position - 1, a, (k - 1) * a) * p * np.log(p)).sum()
+        assert abs(value - urn) < .12  # of 256 test sequences for each of three kernels
+    assert math.isclose(found[1], math.log(k), rel_tol=1e-3)
+
+
+@pytest.fixture(scope="module")
+def reduced_graphs(tmp_path_factory): return remade("graphical", tmp_path_factory.mktemp("reduced"))
+
+
+def test_a_reduced_sweep_of_graphs_has_every_axis(reduced_graphs):
+    tables = graphical_tables(reduced_graphs[0])
+    assert of_settings(tables["runs"], ["graph", "model"]) == {one[:2] for one in asked_of_graphs()} and set(tables["runs"]["n"]) == {1}
+    assert of_settings(tables["probes"], ["model", "node"]) == {(model, node) for model in KINDS for node in ("slow", "dead", "Z")} and (tables["positions"]["excess"] >= 0).all()
+    assert of_settings(tables["values"], ["model", "matrix"]) == {(model, matrix) for model in KINDS for matrix in ("embedding", "unembedding")}
+    assert tables["entropies"].set_index("graph").loc["chain", ["entropy", "bigram", "unigram"]].is_monotonic_increasing

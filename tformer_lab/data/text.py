@@ -26,7 +26,7 @@ from filelock import FileLock
 from torch import Tensor
 from tqdm import tqdm
 
-from .graphical import check_sizes
+from ..checks import check_sizes
 from ..storage import FileError, whole_file, write_atomically
 
 # %% auto #0
