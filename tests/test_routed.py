@@ -42,18 +42,6 @@ def model(kind): return made(kind, capacity=.5)
 def tokens(): return torch.randint(VOCAB, (N, TIME), generator=torch.Generator().manual_seed(1))
 
 
-def learn(model, tokens, steps=1, lr=.01):
-    """Some steps of Adam on the loss of a task."""
-    optimizer = torch.optim.Adam(model.parameters(), lr)
-    for step in range(steps):
-        model.advance(step, steps)
-        logits, auxiliary, _ = answer(model, tokens[:, :-1])
-        optimizer.zero_grad()
-        with_gradient_of(F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten()), auxiliary).backward()
-        optimizer.step()
-    return model
-
-
 # Capacity 1, and the same beginning
 
 def test_at_capacity_1_it_is_the_decoder_in_training_and_inference(kind, tokens):
@@ -278,11 +266,15 @@ def test_the_reported_loss_is_the_language_models_alone(name):
     torch.testing.assert_close(*gradients)
 
 
-def test_the_causal_router_learns_to_foresee(kind):
-    tokens = torch.randint(VOCAB, (32, TIME), generator=torch.Generator().manual_seed(6))
-    model = learn(made(kind, capacity=.5, router_weight=1.), tokens, 60)
-    found = routing_metrics(model, tokens)
-    assert all(found[f"routing/accuracy_{i}"] > .75 for i in model.routed) and all(.25 < found[f"routing/chosen_{i}"] < .75 for i in model.routed)
+def test_the_causal_router_learns_to_foresee(model):
+    tokens = torch.randint(VOCAB, (8, TIME), generator=torch.Generator().manual_seed(6))
+    optimizer, before = torch.optim.Adam([p for name, p in model.named_parameters() if ".causal." in name], .03), routing_metrics(model, tokens)
+    for _ in range(30):
+        optimizer.zero_grad()
+        model(tokens, auxiliary=True).losses["router"].backward()
+        optimizer.step()
+    after = routing_metrics(model, tokens)
+    assert after["routing/router_loss"] < before["routing/router_loss"] and after["routing/accuracy_1"] > max(.7, before["routing/accuracy_1"])
 
 
 # Work
@@ -295,7 +287,7 @@ def counted(model, *arguments):
 def test_work_in_training_is_torchs_count(kind):
     for capacity, every in ((.5, 2), (.25, 2), (.3, 4)):
         model = kind(VOCAB, 32, 4, capacity=capacity, every=every)
-        assert counted(model, torch.zeros(1, 40, dtype=torch.int64)) == flops(model, 40)
+        assert counted(model, torch.zeros(1, 40, dtype=torch.int64), None, True) == flops(model, 40)
     full, half = flops(Decoder(VOCAB, 64, 4, tied=True), 256), flops(MoD(VOCAB, 64, 4, capacity=.5, every=1, tied=True), 256)
     assert half / full < .55
 
@@ -310,8 +302,9 @@ def test_work_in_inference_is_that_of_what_is_let_through(kind, tokens):
         with torch.no_grad(): model(tokens, state)
         work[bias] = counted(model, tokens[:1]), counted(model, tokens[:, -1:], state)
     block = sum(p.numel() for name, p in model.blocks[1].named_parameters() if p.ndim == 2)
-    for (closed, opened), new, keys in zip(zip(*work.values()), (TIME, N), (TIME, N * (TIME + 1) / N)):
-        assert opened - closed == 2 * (2 * new * block + 4 * new * keys * 32)
+    score = 32 if kind is MoD else 0
+    for (closed, opened), new, keys in zip(zip(*work.values()), (TIME, N), (TIME, TIME + 1)):
+        assert opened - closed == 2 * (2 * new * (block + score) + 4 * new * keys * 32)
 
 
 # Statistics
