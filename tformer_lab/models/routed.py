@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .decoder import EPS, Decoder, KeyValues, LanguageModel, State, causal_mask, check_sizes, linear
+from .decoder import EPS, Decoder, KeyValues, State, causal_mask, check_sizes, linear
 
 # %% auto #0
 __all__ = ['SCHEDULES', 'GATES', 'ROUTED', 'compute_some', 'first_places', 'chosen_places', 'CausalRouter', 'Signals',
