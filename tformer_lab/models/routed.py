@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .decoder import EPS, Decoder, KeyValues, State, causal_mask, check_sizes, linear
+from ..checks import check_sizes
+from .decoder import EPS, Decoder, KeyValues, State, causal_mask, linear
 
 # %% auto #0
 __all__ = ['SCHEDULES', 'GATES', 'ROUTED', 'compute_some', 'first_places', 'chosen_places', 'CausalRouter', 'Signals',
