@@ -178,10 +178,6 @@ class Graphical:
         "A new model"
         return self._model(self.n_layers)
 
-    def check_trainer(self, trainer) -> None: # Raises ValueError
-        "Refuse to evolve what learns from losses of its own"
-        if self.routed and trainer.optimizer in ("es", "ga"): raise ValueError(f"optimizer = {trainer.optimizer!r}: the routers of {self.architecture!r} learn from losses of their own, by their gradients; take an optimizer that follows one, adam")
-
     def batch(self,
         n:int, # Sequences
         rng:np.random.Generator,
@@ -190,7 +186,8 @@ class Graphical:
         return Tokens(torch.cat([generate(self.kernels, min(_AT_ONCE, n - start), self.length, rng) for start in range(0, n, _AT_ONCE)]))
 
     def check_trainer(self, trainer) -> None: # Raises ValueError
-        "Refuse a file of sequences where each batch has fresh ones"
+        "Refuse to evolve what learns from losses of its own, and a file of sequences where each batch has fresh ones"
+        if self.routed and trainer.optimizer in ("es", "ga"): raise ValueError(f"optimizer = {trainer.optimizer!r}: the routers of {self.architecture!r} learn from losses of their own, by their gradients; take an optimizer that follows one, adam")
         if self.stored is not None and trainer.samples is None: raise ValueError(f"stored = {self.stored!r}: a file holds a finite training set, say how many sequences by samples")
 
     def training_set(self,
