@@ -25,9 +25,9 @@ from .graphs import Graph, GraphError
 from ..storage import FileError, whole_file, write_atomically
 
 # %% auto #0
-__all__ = ['CLIP', 'MAX_SEED', 'BLOCK', 'log_gamma', 'log_dirichlet', 'shape_rows', 'Factor', 'factor_inputs', 'draw_factors',
-           'kernel_table', 'Kernels', 'draw_kernels', 'draw_context', 'generate_states', 'generate', 'GraphStream',
-           'sequence_block', 'StoredSequences', 'stored_sequences']
+__all__ = ['CLIP', 'MAX_SEED', 'GUIDE', 'BLOCK', 'log_gamma', 'log_dirichlet', 'shape_rows', 'Factor', 'factor_inputs',
+           'draw_factors', 'kernel_table', 'Kernels', 'draw_kernels', 'draw_context', 'generate_states', 'generate',
+           'GraphStream', 'sequence_block', 'StoredSequences', 'stored_sequences']
 
 # %% ../../nbs/data/graphical.ipynb #7c524a01
 def log_gamma(
@@ -126,6 +126,12 @@ def _checked_seed(seed, what="seed"):
     if isinstance(seed, bool) or not isinstance(seed, int | np.integer) or not 0 <= seed < MAX_SEED: raise ValueError(f"{what} is {seed!r}: it should be a whole number from 0 to 2**63 - 1")
     return int(seed)
 
+GUIDE, _LARGEST_GUIDE = 256, 2**22
+
+def _between(ends, before):
+    "What is at both ends of a part, counted in its row; -1 where they differ"
+    return np.where(ends[:-1] == ends[1:], ends[:-1] - before, -1).astype(np.int16)
+
 @dataclass(frozen=True, eq=False)
 class Kernels:
     "How the nodes of a graph move"
@@ -152,6 +158,17 @@ class Kernels:
         "Where a uniform number passes from one new state to the next"
         return self.kept(("cumulative", name, str(device)), lambda: self.table(name, device).reshape(-1, self.graph[name].states).cumsum(-1)[:, :-1].contiguous())
 
+    def line(self, name:str) -> np.ndarray: # [rows * (states - 1)] ascending
+        "The same of all rows, one after another, each number of a row added to its sums"
+        return self.kept(("line", name), lambda: (self.cumulative(name, "cpu").clamp(max=1) + torch.arange(self.table(name, "cpu")[..., 0].numel())[:, None]).flatten().numpy())
+
+    def guide(self, name:str) -> np.ndarray|None: # [rows * GUIDE] int16; None where it would be large
+        "The new state for each of as many equal parts of the numbers from a row to the next, -1 where a part holds several"
+        rows, last = self.table(name, "cpu")[..., 0].numel(), self.graph[name].states - 1
+        if rows * GUIDE > _LARGEST_GUIDE or last >= 2**15: return None
+        ends = lambda: self.line(name).searchsorted(np.arange(rows * GUIDE + 1) / GUIDE, "right")
+        return self.kept(("guide", name), lambda: _between(ends(), np.arange(rows).repeat(GUIDE) * last))
+
 def draw_kernels(
     graph:Graph,
     seed:int=0,
@@ -162,11 +179,24 @@ def draw_kernels(
     return Kernels(graph, int(seed), tables)
 
 # %% ../../nbs/data/graphical.ipynb #ab8a941f
-def _row_of(graph, name, states):
-    "Where in a flat kernel the rows for the present states lie; [n]"
-    row = 0
-    for other in graph.inputs(name): row = row * graph[other].states + states[other]
-    return row
+def _row_of(graph, name):
+    "A function from the present states of all nodes to the rows of a flat kernel; [n], or 0 where there is one"
+    first, *others = graph.inputs(name) or [None]
+    others = [(other, graph[other].states) for other in others]
+
+    def row_of(states):
+        row = 0 if first is None else states[first]
+        for other, count in others: row = row * count + states[other]
+        return row
+    return row_of
+
+_MANY = 512 # Sequences from which on the guide is worth its operations
+
+def _uniform(kernels, n, steps, rng):
+    "Uniform numbers [nodes, n] of each step, so far below 1 that one added to the number of a row stays below the next one"
+    nodes, largest = len(kernels.graph), 1 - 2**-52 * max((table[..., 0].numel() for table in kernels.tables.values()), default=1)
+    at_once = max(1, 2**20 // (nodes * n))
+    for start in range(0, steps, at_once): yield from np.minimum(rng.random((min(at_once, steps - start), nodes, n)), largest)
 
 def draw_context(
     graph:Graph,
@@ -178,19 +208,32 @@ def draw_context(
     return {node.name: draw_factors(graph, node.name, entropy, n) for node in graph if node.mode == "context"}
 
 def _context_sampler(factors, n, device):
-    "A function from states [n] of the inputs to cumulative rows [n, states - 1]"
+    "A function from uniform numbers [n] and the states of all nodes to new states [n]"
     factors = [(inputs, torch.from_numpy(rows).to(device)) for inputs, rows in factors]
     sequences = torch.arange(n, device=device)
 
-    def cumulative(states):
-        total = sum(rows[(sequences, *(states[other] for other in inputs))] for inputs, rows in factors)
-        return total.softmax(-1).cumsum(-1)[:, :-1]
-    return cumulative
+    def draw(u, states):
+        total = sum(rows[(sequences, *(torch.as_tensor(states[other]) for other in inputs))] for inputs, rows in factors)
+        return (torch.as_tensor(u)[:, None] >= total.softmax(-1).cumsum(-1)[:, :-1]).sum(-1)
+    return draw
 
 def _fixed_sampler(kernels, name, device):
-    "The same from a kernel that all sequences share"
-    graph, rows = kernels.graph, kernels.cumulative(name, device)
-    return lambda states: rows[_row_of(graph, name, states)] if graph.inputs(name) else rows
+    "The same from a kernel that all sequences share; on the CPU of arrays"
+    row_of, last = _row_of(kernels.graph, name), kernels.graph[name].states - 1
+    if device.type != "cpu":
+        rows = kernels.cumulative(name, device)
+        return lambda u, states: (u[:, None] >= rows[row_of(states)]).sum(-1)
+    line, guide = kernels.line(name), kernels.guide(name)
+
+    def draw(u, states):
+        row = row_of(states)
+        if guide is None or len(u) < _MANY: return line.searchsorted(u + row, "right") - row * last
+        new = guide[row * GUIDE + (u * GUIDE).astype(np.int32)]
+        if len(open_ := np.flatnonzero(new < 0)):
+            rows = row[open_] if np.ndim(row) else row
+            new[open_] = line.searchsorted(u[open_] + rows, "right") - rows * last
+        return new
+    return draw
 
 # %% ../../nbs/data/graphical.ipynb #4cb5578b
 def generate_states(
@@ -207,13 +250,14 @@ def generate_states(
     work = torch.device("cpu") if device.type == "mps" else device
     context = draw_context(graph, n, rng) if context is None else context
     samplers = {name: _context_sampler(context[name], n, work) if graph[name].mode == "context" else _fixed_sampler(kernels, name, work) for name in graph.order}
-    now = {name: torch.zeros(n, dtype=torch.int64, device=work) for name in graph.order}
-    found = {name: torch.zeros(length, n, dtype=torch.int64, device=work) for name in graph.order}
-    for t in range(1, length):
-        uniform = torch.from_numpy(rng.random((len(graph), n))).to(work)
-        for u, (name, cumulative) in zip(uniform, samplers.items()):
-            now[name] = found[name][t] = (u[:, None] >= cumulative(now)).sum(-1)
-    return {node.name: found[node.name].T.to(device) for node in graph}
+    arrays = work.type == "cpu"
+    found = {name: np.zeros((length, n), np.int64) if arrays else torch.zeros(length, n, dtype=torch.int64, device=work) for name in graph.order}
+    now = {name: states[0] for name, states in found.items()}
+    for t, uniform in enumerate(_uniform(kernels, n, length - 1, rng), 1):
+        for u, (name, draw) in zip(uniform if arrays else torch.from_numpy(uniform).to(work), samplers.items()):
+            found[name][t] = draw(u, now)
+            now[name] = found[name][t]
+    return {node.name: torch.as_tensor(found[node.name]).T.to(device) for node in graph}
 
 def generate(
     kernels:Kernels,
