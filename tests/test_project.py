@@ -2,6 +2,7 @@
 import ast
 import importlib
 import inspect
+import json
 import pkgutil
 import re
 import shlex
@@ -52,6 +53,20 @@ def test_only_the_site_builder_imports_nbdev_or_fastcore():
 
 def test_exported_code_has_no_wildcard_import():
     assert [str(path) for path in PACKAGE.rglob("*.py") if re.search(r"(?m)^\s*from \S+ import \*", path.read_text(encoding="utf-8"))] == []
+
+
+def test_nothing_is_defined_twice():
+    """A second definition of a name would silently replace the first."""
+    def own(body): return [node.name for node in body if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef) and not any(isinstance(mark, ast.Attribute) and mark.attr in ("setter", "deleter") or isinstance(mark, ast.Name) and mark.id == "overload" for mark in node.decorator_list)]
+    twice = {}
+    for path in [*PACKAGE.rglob("*.py"), *(ROOT / "tests").glob("*.py")]:
+        for part in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(part, ast.Module | ast.ClassDef) and len(set(names := own(part.body))) < len(names): twice[f"{path.name} {getattr(part, 'name', '')}"] = sorted(name for name in set(names) if names.count(name) > 1)
+    assert twice == {}
+
+
+def test_no_saved_output_holds_a_path_of_a_machine():
+    assert [path.name for path in (ROOT / "nbs").rglob("*.ipynb") if re.search(r"(?<![\w.])/(tmp/tmp|root/|Users/)", " ".join(str(cell.get("outputs")) for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]))] == []
 
 
 def test_every_module_has_a_notebook_in_the_same_place():
