@@ -194,7 +194,7 @@ class SGT(_Parametric):
         return SkewedGeneralizedT(0., now["sigma"], now["skew"], now["p"], now["q"], self.standardized)
 
     @property
-    def kinks(self) -> tuple[float, ...]: return (-self.law.m,)
+    def kinks(self) -> tuple[float, ...]: return (-float((self.constants or self._constants())[1]),)  # to the last digit where `pointwise` has its mode
 
     def extra_repr(self): return f"law={self.law}"
 
