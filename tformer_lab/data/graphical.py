@@ -126,11 +126,12 @@ def _checked_seed(seed, what="seed"):
     if isinstance(seed, bool) or not isinstance(seed, int | np.integer) or not 0 <= seed < MAX_SEED: raise ValueError(f"{what} is {seed!r}: it should be a whole number from 0 to 2**63 - 1")
     return int(seed)
 
+# %% ../../nbs/data/graphical.ipynb #e5fd1a2d
 GUIDE, _LARGEST_GUIDE = 256, 2**22
 
-def _between(ends, before):
-    "What is at both ends of a part, counted in its row; -1 where they differ"
-    return np.where(ends[:-1] == ends[1:], ends[:-1] - before, -1).astype(np.int16)
+def _rows(table): return table[..., 0].numel()
+
+def _sums(table): return table.reshape(-1, table.shape[-1]).cumsum(-1)[:, :-1]
 
 @dataclass(frozen=True, eq=False)
 class Kernels:
@@ -156,19 +157,23 @@ class Kernels:
 
     def cumulative(self, name:str, device) -> Tensor: # [rows, states - 1]
         "Where a uniform number passes from one new state to the next"
-        return self.kept(("cumulative", name, str(device)), lambda: self.table(name, device).reshape(-1, self.graph[name].states).cumsum(-1)[:, :-1].contiguous())
+        return self.kept(("cumulative", name, str(device)), lambda: _sums(self.table(name, device)).contiguous())
 
     def line(self, name:str) -> np.ndarray: # [rows * (states - 1)] ascending
         "The same of all rows, one after another, each number of a row added to its sums"
-        return self.kept(("line", name), lambda: (self.cumulative(name, "cpu").clamp(max=1) + torch.arange(self.table(name, "cpu")[..., 0].numel())[:, None]).flatten().numpy())
+        return self.kept(("line", name), lambda: (sums := _sums(self.tables[name]).clamp(max=1)).add_(torch.arange(len(sums))[:, None]).flatten().numpy())
 
     def guide(self, name:str) -> np.ndarray|None: # [rows * GUIDE] int16; None where it would be large
         "The new state for each of as many equal parts of the numbers from a row to the next, -1 where a part holds several"
-        rows, last = self.table(name, "cpu")[..., 0].numel(), self.graph[name].states - 1
+        rows, last = _rows(self.tables[name]), self.graph[name].states - 1
         if rows * GUIDE > _LARGEST_GUIDE or last >= 2**15: return None
-        ends = lambda: self.line(name).searchsorted(np.arange(rows * GUIDE + 1) / GUIDE, "right")
-        return self.kept(("guide", name), lambda: _between(ends(), np.arange(rows).repeat(GUIDE) * last))
 
+        def make():
+            ends = self.line(name).searchsorted(np.arange(rows * GUIDE + 1) / GUIDE, "right")
+            return np.where(ends[:-1] == ends[1:], ends[:-1] - np.arange(rows).repeat(GUIDE) * last, -1).astype(np.int16)
+        return self.kept(("guide", name), make)
+
+# %% ../../nbs/data/graphical.ipynb #67405c22
 def draw_kernels(
     graph:Graph,
     seed:int=0,
@@ -190,14 +195,15 @@ def _row_of(graph, name):
         return row
     return row_of
 
-_MANY = 512 # Sequences from which on the guide is worth its operations
+_MANY = 512 # Sequences from which on a guide is worth its operations
 
 def _uniform(kernels, n, steps, rng):
     "Uniform numbers [nodes, n] of each step, so far below 1 that one added to the number of a row stays below the next one"
-    nodes, largest = len(kernels.graph), 1 - 2**-52 * max((table[..., 0].numel() for table in kernels.tables.values()), default=1)
+    nodes, largest = len(kernels.graph), 1 - 2**-52 * max(map(_rows, kernels.tables.values()), default=1)
     at_once = max(1, 2**20 // (nodes * n))
     for start in range(0, steps, at_once): yield from np.minimum(rng.random((min(at_once, steps - start), nodes, n)), largest)
 
+# %% ../../nbs/data/graphical.ipynb #93153336
 def draw_context(
     graph:Graph,
     n:int, # Sequences
@@ -207,6 +213,7 @@ def draw_context(
     entropy = [1, *map(int, rng.integers(0, MAX_SEED, 2))]
     return {node.name: draw_factors(graph, node.name, entropy, n) for node in graph if node.mode == "context"}
 
+# %% ../../nbs/data/graphical.ipynb #d4dd4f9e
 def _context_sampler(factors, n, device):
     "A function from uniform numbers [n] and the states of all nodes to new states [n]"
     factors = [(inputs, torch.from_numpy(rows).to(device)) for inputs, rows in factors]
@@ -217,23 +224,22 @@ def _context_sampler(factors, n, device):
         return (torch.as_tensor(u)[:, None] >= total.softmax(-1).cumsum(-1)[:, :-1]).sum(-1)
     return draw
 
-def _fixed_sampler(kernels, name, device):
+def _fixed_sampler(kernels, name, n, device):
     "The same from a kernel that all sequences share; on the CPU of arrays"
     row_of, last = _row_of(kernels.graph, name), kernels.graph[name].states - 1
     if device.type != "cpu":
-        rows = kernels.cumulative(name, device)
-        return lambda u, states: (u[:, None] >= rows[row_of(states)]).sum(-1)
-    line, guide = kernels.line(name), kernels.guide(name)
+        sums = kernels.cumulative(name, device)
+        return lambda u, states: (u[:, None] >= sums[row_of(states)]).sum(-1)
+    line, guide = kernels.line(name), kernels.guide(name) if n >= _MANY else None
+    def search(u, row): return line.searchsorted(u + row, "right") - row * last
 
-    def draw(u, states):
+    def look_up(u, states):
         row = row_of(states)
-        if guide is None or len(u) < _MANY: return line.searchsorted(u + row, "right") - row * last
         new = guide[row * GUIDE + (u * GUIDE).astype(np.int32)]
-        if len(open_ := np.flatnonzero(new < 0)):
-            rows = row[open_] if np.ndim(row) else row
-            new[open_] = line.searchsorted(u[open_] + rows, "right") - rows * last
+        several = np.flatnonzero(new < 0)
+        new[several] = search(u[several], row[several] if np.ndim(row) else row)
         return new
-    return draw
+    return look_up if guide is not None else lambda u, states: search(u, row_of(states))
 
 # %% ../../nbs/data/graphical.ipynb #4cb5578b
 def generate_states(
@@ -249,7 +255,7 @@ def generate_states(
     graph, device = kernels.graph, torch.device(device)
     work = torch.device("cpu") if device.type == "mps" else device
     context = draw_context(graph, n, rng) if context is None else context
-    samplers = {name: _context_sampler(context[name], n, work) if graph[name].mode == "context" else _fixed_sampler(kernels, name, work) for name in graph.order}
+    samplers = {name: _context_sampler(context[name], n, work) if graph[name].mode == "context" else _fixed_sampler(kernels, name, n, work) for name in graph.order}
     arrays = work.type == "cpu"
     found = {name: np.zeros((length, n), np.int64) if arrays else torch.zeros(length, n, dtype=torch.int64, device=work) for name in graph.order}
     now = {name: states[0] for name, states in found.items()}
