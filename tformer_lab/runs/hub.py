@@ -26,7 +26,7 @@ from ..models.language import language_model, own_options
 from .grid import listed
 from .store import Run, last_metrics
 from ..storage import FileError, read_safetensors, write_atomically
-from ..tasks.language import Language
+from ..tasks.next_token import NextToken
 from ..tasks.task import Optimum, Reference, task_class
 from ..training.fit import resumed, trained
 from ..training.parameters import ParameterError, build, check_names, field_names, parameter_values
@@ -43,7 +43,7 @@ _Value = bool | int | float | str | None
 
 def _check_option(name, value):
     "An option of a model is what a parameter of that name may be"
-    field = Language.__pydantic_fields__.get(name)
+    field = NextToken.__pydantic_fields__.get(name)
     if field is None: return  # no kind has it, as will be said
     try: TypeAdapter(Annotated[field.annotation, Field(), *field.metadata]).validate_python(value, strict=True)
     except ValidationError as error: raise ValueError(f"options.{name} is {value!r}: {error.errors()[0]['msg']}") from None

@@ -7,21 +7,19 @@ from __future__ import annotations
 
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar, Literal, NamedTuple
+from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
 import numpy as np
 import torch
 from pydantic import ConfigDict, Field, model_validator
 from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from ..data.graphical import Kernels, StoredSequences, draw_kernels, generate, stored_sequences
+from ..data.graphical import Kernels, draw_kernels, generate, stored_sequences
 from ..data.graphs import Graph, GraphError, read_graph
-from ..models.decoder import LanguageModel
-from ..models.language import language_model, own_options
-from ..models.routed import ROUTED, answer, routing_metrics, with_gradient_of
+from ..models.routed import routing_metrics
 from ..runs.store import project_top
+from .next_token import NextToken, Tokens, token_losses
 from .task import Optimum, Reference
 from ..theory.graph_entropy import entropy_rate, token_entropies
 from ..theory.graphical import log_likelihood, predict
@@ -29,19 +27,7 @@ from ..theory.graphical import log_likelihood, predict
 if TYPE_CHECKING: import plotly.graph_objects as go
 
 # %% auto #0
-__all__ = ['TEST_STREAM', 'Tokens', 'token_losses', 'divergences', 'PositionLosses', 'position_figure', 'Graphical']
-
-# %% ../../nbs/tasks/graphical.ipynb #f3db1b0c
-class Tokens(NamedTuple):
-    "A batch of sequences"
-    tokens:Tensor|StoredSequences # [n, length] int64, the first of each 0; on disk only those of a training set
-
-def token_losses(
-    logits:Tensor, # [n, time, vocab] of the token after each
-    tokens:Tensor, # [n, time + 1]
-) -> Tensor: # [n, time] in nats
-    "The cross-entropy of each token given those before it"
-    return F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten(), reduction="none").view(logits.shape[:2])
+__all__ = ['TEST_STREAM', 'divergences', 'PositionLosses', 'position_figure', 'Graphical']
 
 # %% ../../nbs/tasks/graphical.ipynb #ddde9cae
 def divergences(
@@ -78,52 +64,17 @@ def position_figure(
 TEST_STREAM = 0x6EA9_7E57_6EA9_7E57  # no seed of a training draws the same numbers
 _AT_ONCE = 2**16  # sequences that are drawn together
 _LARGEST = 2**26  # probabilities that are kept of the best predictions, half a GiB
-_OPTIONS = "n_heads", "feedforward", "tied", "rotary_base", "d_recurrent", "convolution", "d_state", "dt_rank"
-_ROUTING = ("capacity", "every", "router_weight", "balance_weight", "gate_warmup_weight", "gate_warmup", "score_weight", "z_weight", "residual_variance", "o_ce", "m_cu", "learn_thresholds", "window", "prior_width", "gates",
-            "beta_from", "beta_to", "beta_warmup", "beta_schedule", "prior_weight")
 
 @dataclass(config=ConfigDict(extra="forbid"), frozen=True, kw_only=True)
-class Graphical:
+class Graphical(NextToken):
     "Predict the tokens that a graph of hidden causes makes"
     graph:str = "nbs/papers/graphs/chain.yaml" # A YAML file, from the top of the project or absolute
     kernel_seed:int = Field(0, ge=0, lt=2**63) # Of the graph's kernels
     concentration:float|None = Field(None, ge=1e-9, le=1e9, allow_inf_nan=False) # Of all its nodes; None: the file's
     observed_concentration:float|None = Field(None, ge=1e-9, le=1e9, allow_inf_nan=False) # Of the observed node; None: as the others
-    length:int = Field(64, ge=2) # Tokens in a sequence
     stored:str|None = None # A .npy file with the sequences of a finite training set, from the top of the project or absolute, made if it is not there; None: they are in memory
     stored_seed:int|None = Field(None, ge=0, lt=2**63) # Of the sequences in that file; None: 0
     test_size:int = Field(512, ge=2) # Sequences that every model is evaluated on
-    architecture:Literal["transformer", "mingru", "minlstm", "hawk", "mamba", "mod", "sdt", "stt"] = Field("transformer", alias="model")
-    d_model:int = Field(64, ge=1) # Width of the model
-    n_layers:int = Field(2, ge=1) # Blocks
-    n_heads:int|None = Field(None, ge=1) # Of a transformer; None: 4
-    feedforward:int|None = Field(None, ge=1) # Width of the feed-forward layers; None: 8/3 of the model's
-    tied:bool|None = None # Is the head the embedding's matrix? None: False
-    rotary_base:float|None = None # Of a transformer's positions; None: 10000
-    d_recurrent:int|None = Field(None, ge=1) # Width of a recurrence's state; None: the model's, of mamba twice that
-    convolution:int|None = Field(None, ge=0) # Width of the convolution before a recurrence, 0: none; None: 4
-    d_state:int|None = Field(None, ge=1) # mamba: numbers kept of each channel; None: 16
-    dt_rank:int|None = Field(None, ge=1) # mamba: rank of the step sizes; None: a sixteenth of the model's width
-    capacity:float|None = Field(None, gt=0, le=1) # mod, sdt, stt: share of the tokens that a routed block computes in training; 1: nothing is routed; None: 0.75
-    every:int|None = Field(None, ge=1) # mod, sdt, stt: which blocks are routed, 2: every second, 1: all (mod); None: 2
-    router_weight:float|None = Field(None, ge=0, allow_inf_nan=False) # mod, sdt, stt: of the loss of the causal routers, which decide in inference; None: 0.01
-    balance_weight:float|None = Field(None, ge=0, allow_inf_nan=False) # mod, sdt, stt: of the loss that balances the load over routed blocks; None: 0
-    gate_warmup_weight:float|None = Field(None, ge=0, allow_inf_nan=False) # mod, sdt, stt: of the loss that keeps gates open, at step 0; None: 0
-    gate_warmup:int|None = Field(None, ge=1) # mod, sdt, stt: steps until that weight is zero; None: 100
-    score_weight:float|None = Field(None, ge=0, allow_inf_nan=False) # mod: of the scores' cross-entropy on their own choice; None: 0.01
-    z_weight:float|None = Field(None, ge=0, allow_inf_nan=False) # mod: of the mean squared score; None: 0.0001
-    residual_variance:float|None = Field(None, gt=0, allow_inf_nan=False) # sdt, stt: c, around the residual; None: 1
-    o_ce:float|None = Field(None, gt=0, allow_inf_nan=False) # sdt, stt: threshold of an expected change, before training; None: 1.025
-    m_cu:float|None = Field(None, allow_inf_nan=False) # sdt, stt: threshold of an unexpected change, before training; None: 1.1
-    learn_thresholds:bool|None = None # sdt, stt: are these two learnt? None: True
-    window:int|None = Field(None, ge=1) # sdt, stt: tokens that the mean surprise is over; None: 100
-    prior_width:int|None = Field(None, ge=1) # sdt, stt: of the network that predicts; None: an eighth of the model's width
-    gates:Literal["either", "expected"]|None = None # sdt, stt: open where one or the other change is, or the expected alone; None: either
-    beta_from:float|None = Field(None, ge=0, allow_inf_nan=False) # sdt, stt: how sharp gates are at first; None: 0.1
-    beta_to:float|None = Field(None, ge=0, allow_inf_nan=False) # sdt, stt: and at the last step; None: 100
-    beta_warmup:int|None = Field(None, ge=0) # sdt, stt: steps before that begins to grow; None: 100
-    beta_schedule:Literal["linear", "cosine"]|None = None # sdt, stt: how it grows; None: linear
-    prior_weight:float|None = Field(None, ge=0, allow_inf_nan=False) # sdt, stt: of the loss of the prediction; None: 0.05
     graph_fingerprint:str|None = Field(None, pattern=r"\A[0-9a-f]{16}\z") # The graph has to have; None: whatever the file's is
 
     name:ClassVar[str] = "graphical"
@@ -138,7 +89,7 @@ class Graphical:
         object.__setattr__(self, "graph_fingerprint", found)
         if self.stored is not None and Path(self.stored).suffix != ".npy": raise ValueError(f"stored is {self.stored!r}: it should be the path of a file that ends on .npy")
         if self.stored is None and self.stored_seed is not None: raise ValueError(f"stored_seed is {self.stored_seed}: it is for sequences in a file, give stored, too")
-        with torch.random.fork_rng([]): self._model(min(self.n_layers, self.every or 2))  # as many blocks as one that is routed needs
+        self.check_model()
         return self
 
     @cached_property
@@ -156,27 +107,15 @@ class Graphical:
         return draw_kernels(self.nodes, self.kernel_seed)
 
     @property
+    def vocab_size(self) -> int:
+        "Tokens that a model knows"
+        return self.nodes.vocab_size
+
+    @property
     def label(self) -> str: # "minlstm-chain-concentration0.01"
         "Model and graph"
         parts = [f"{name.replace('_', '-')}{value:g}" for name in ("concentration", "observed_concentration") if (value := getattr(self, name)) is not None]
         return "-".join([self.architecture, Path(self.graph).stem, *parts])
-
-    @property
-    def routed(self) -> bool:
-        "Are there blocks that compute some tokens only?"
-        return self.architecture in ROUTED and self.capacity != 1
-
-    def _model(self, n_layers):
-        given = {name: value for name in (*_OPTIONS, *_ROUTING) if (value := getattr(self, name)) is not None}
-        for name in given:
-            if name not in own_options(self.architecture): raise ValueError(f"{name} is {given[name]!r}: the model {self.architecture!r} has no such parameter; it has {', '.join(own_options(self.architecture))}")
-        return language_model(self.architecture, self.nodes.vocab_size, self.d_model, n_layers, **given)
-
-    def model(self,
-        data:Tokens|None=None, # Not looked at
-    ) -> LanguageModel:
-        "A new model"
-        return self._model(self.n_layers)
 
     def batch(self,
         n:int, # Sequences
@@ -186,8 +125,8 @@ class Graphical:
         return Tokens(torch.cat([generate(self.kernels, min(_AT_ONCE, n - start), self.length, rng) for start in range(0, n, _AT_ONCE)]))
 
     def check_trainer(self, trainer) -> None: # Raises ValueError
-        "Refuse to evolve what learns from losses of its own, and a file of sequences where each batch has fresh ones"
-        if self.routed and trainer.optimizer in ("es", "ga"): raise ValueError(f"optimizer = {trainer.optimizer!r}: the routers of {self.architecture!r} learn from losses of their own, by their gradients; take an optimizer that follows one, adam")
+        "Refuse a file of sequences where each batch has fresh ones, too"
+        super().check_trainer(trainer)
         if self.stored is not None and trainer.samples is None: raise ValueError(f"stored = {self.stored!r}: a file holds a finite training set, say how many sequences by samples")
 
     def training_set(self,
@@ -198,14 +137,6 @@ class Graphical:
         "The sequences of a finite training set: fresh ones in memory, or those of the file"
         if self.stored is None: return self.batch(samples, rng)
         return Tokens(stored_sequences(project_top() / self.stored, self.kernels, samples, self.length, self.stored_seed or 0, progress))
-
-    def loss(self,
-        model:nn.Module, # Gives logits [n, time, vocab] of the token after each
-        batch:Tokens,
-    ) -> Tensor: # Scalar
-        "Mean cross-entropy of the next token, in nats; its gradient has that of a routed model's auxiliary losses, too"
-        logits, auxiliary, _ = answer(model, batch.tokens[:, :-1])
-        return with_gradient_of(token_losses(logits, batch.tokens).mean(), auxiliary)
 
     @cached_property
     def test(self) -> Tensor: # [test_size, length]
@@ -225,11 +156,6 @@ class Graphical:
         return None if self._surprise is None else predict(self.kernels, self.test[:count, :-1])
 
     @property
-    def tokens_per_example(self) -> int:
-        "Those that are predicted, for the count of tokens per second"
-        return self.length - 1
-
-    @property
     def positions(self) -> list[int]:
         "Tokens whose loss is recorded: 1, 4, 16, … and the last"
         return sorted({4**i for i in range(32) if 4**i < self.length} | {self.length - 1})
@@ -237,7 +163,7 @@ class Graphical:
     @torch.no_grad()
     def _on_test(self, model):
         "Losses of the tokens, and divergences of the predictions from the best ones; [n, length - 1] each"
-        device, at_once = next(model.parameters()).device, max(1, 2**13 // self.length)
+        device, at_once = next(model.parameters()).device, self.at_once
         losses, excess = [], []
         for i, tokens in enumerate(self.test.split(at_once)):
             logits = model(tokens[:, :-1].to(device))
@@ -251,7 +177,7 @@ class Graphical:
         "Loss on the test sequences, how far it is from the optimum, the loss at some positions, and what a routed model's routers do"
         losses, excess = self._on_test(model)
         found = {"valid/loss": losses.mean().item()} | ({} if excess is None else {"valid/excess": excess.mean().item()})
-        return found | {f"valid/loss_{t}": losses[:, t - 1].mean().item() for t in self.positions} | routing_metrics(model, self.test[:, :-1], max(1, 2**13 // self.length))
+        return found | {f"valid/loss_{t}": losses[:, t - 1].mean().item() for t in self.positions} | routing_metrics(model, self.test[:, :-1], self.at_once)
 
     def by_position(self,
         model:nn.Module,

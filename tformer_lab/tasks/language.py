@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import math
-from dataclasses import fields
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Literal
@@ -18,11 +17,9 @@ from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
 from ..data.text import NGrams, Text, even_starts, read_text, windows, xz_bits
-from ..models.decoder import LanguageModel
-from ..models.language import KINDS, language_model, own_options
-from ..models.routed import ROUTED, answer, routing_metrics, with_gradient_of
+from ..models.routed import routing_metrics
 from ..runs.store import project_top
-from .graphical import Tokens, token_losses
+from .next_token import NextToken, Tokens, token_losses
 from .task import Optimum, Reference
 
 if TYPE_CHECKING: import plotly.graph_objects as go
@@ -66,10 +63,8 @@ def context_figure(
     return figure.update_xaxes(title="tokens before, in the window", type="log", dtick=1).update_yaxes(title="bits per byte", rangemode="tozero").update_layout(margin_t=44)
 
 # %% ../../nbs/tasks/language.ipynb #b0aa257b
-_OPTIONS = frozenset(name for kind in KINDS for name in own_options(kind))  # of models, those that some have
-
 @dataclass(config=ConfigDict(extra="forbid"), frozen=True, kw_only=True)
-class Language:
+class Language(NextToken):
     "Predict the next byte or character of a text"
     corpus:str = "stdlib" # The sources of Python's standard library; or a file or folder, from the top of the project or absolute; or hf://owner/name
     unit:Literal["bytes", "characters"] = "bytes" # What is a token?
@@ -77,38 +72,9 @@ class Language:
     corpus_bytes:int|None = Field(None, ge=1) # Documents are read until they have so many; None: all
     valid_fraction:float = Field(.1, gt=0, lt=1) # Share of the documents that is held out
     length:int = Field(128, ge=2) # Tokens in a window
-    test_size:int = Field(256, ge=2) # Windows that every model is evaluated on
-    architecture:str = Field("transformer", alias="model") # By the name of its kind
     d_model:int = Field(128, ge=1) # Width of the model
     n_layers:int = Field(5, ge=1) # Blocks
-    n_heads:int|None = Field(None, ge=1) # Of a transformer; None: 4
-    feedforward:int|None = Field(None, ge=1) # Width of the feed-forward layers; None: 8/3 of the model's
-    tied:bool|None = None # Is the head the embedding's matrix? None: False
-    rotary_base:float|None = None # Of a transformer's positions; None: 10000
-    d_recurrent:int|None = Field(None, ge=1) # Width of a recurrence's state; None: the model's, of mamba twice that
-    convolution:int|None = Field(None, ge=0) # Width of the convolution before a recurrence, 0: none; None: 4
-    d_state:int|None = Field(None, ge=1) # mamba: numbers kept of each channel; None: 16
-    dt_rank:int|None = Field(None, ge=1) # mamba: rank of the step sizes; None: a sixteenth of the model's width
-    capacity:float|None = Field(None, gt=0, le=1) # mod, sdt, stt: share of the tokens that a routed block computes in training; 1: nothing is routed; None: 0.75
-    every:int|None = Field(None, ge=1) # mod, sdt, stt: which blocks are routed, 2: every second, 1: all (mod); None: 2
-    router_weight:float|None = Field(None, ge=0, allow_inf_nan=False) # mod, sdt, stt: of the loss of the causal routers, which decide in inference; None: 0.01
-    balance_weight:float|None = Field(None, ge=0, allow_inf_nan=False) # mod, sdt, stt: of the loss that balances the load over routed blocks; None: 0
-    gate_warmup_weight:float|None = Field(None, ge=0, allow_inf_nan=False) # mod, sdt, stt: of the loss that keeps gates open, at step 0; None: 0
-    gate_warmup:int|None = Field(None, ge=1) # mod, sdt, stt: steps until that weight is zero; None: 100
-    score_weight:float|None = Field(None, ge=0, allow_inf_nan=False) # mod: of the scores' cross-entropy on their own choice; None: 0.01
-    z_weight:float|None = Field(None, ge=0, allow_inf_nan=False) # mod: of the mean squared score; None: 0.0001
-    residual_variance:float|None = Field(None, gt=0, allow_inf_nan=False) # sdt, stt: c, around the residual; None: 1
-    o_ce:float|None = Field(None, gt=0, allow_inf_nan=False) # sdt, stt: threshold of an expected change, before training; None: 1.025
-    m_cu:float|None = Field(None, allow_inf_nan=False) # sdt, stt: threshold of an unexpected change, before training; None: 1.1
-    learn_thresholds:bool|None = None # sdt, stt: are these two learnt? None: True
-    window:int|None = Field(None, ge=1) # sdt, stt: tokens that the mean surprise is over; None: 100
-    prior_width:int|None = Field(None, ge=1) # sdt, stt: of the network that predicts; None: an eighth of the model's width
-    gates:Literal["either", "expected"]|None = None # sdt, stt: open where one or the other change is, or the expected alone; None: either
-    beta_from:float|None = Field(None, ge=0, allow_inf_nan=False) # sdt, stt: how sharp gates are at first; None: 0.1
-    beta_to:float|None = Field(None, ge=0, allow_inf_nan=False) # sdt, stt: and at the last step; None: 100
-    beta_warmup:int|None = Field(None, ge=0) # sdt, stt: steps before that begins to grow; None: 100
-    beta_schedule:Literal["linear", "cosine"]|None = None # sdt, stt: how it grows; None: linear
-    prior_weight:float|None = Field(None, ge=0, allow_inf_nan=False) # sdt, stt: of the loss of the prediction; None: 0.05
+    test_size:int = Field(256, ge=2) # Windows that every model is evaluated on
     corpus_fingerprint:str|None = Field(None, pattern=r"\A[0-9a-f]{16}\z") # The corpus has to have; None: whatever it has
 
     name:ClassVar[str] = "language"
@@ -122,7 +88,7 @@ class Language:
         for side, tokens in (("training", self.text.train), ("validation", self.text.valid)):
             if len(tokens) < self.length: raise ValueError(f"length is {self.length}: the documents for {side} have {len(tokens)} tokens")
         object.__setattr__(self, "corpus_fingerprint", self.text.fingerprint)
-        with torch.random.fork_rng([]): self._model(min(self.n_layers, self.every or 2))  # as many blocks as one that is routed needs
+        self.check_model()
         return self
 
     @cached_property
@@ -132,28 +98,14 @@ class Language:
         return read_text(place, self.unit, self.valid_fraction, self.pattern, self.corpus_bytes)
 
     @property
+    def vocab_size(self) -> int:
+        "Tokens that a model knows"
+        return self.text.vocabulary.size
+
+    @property
     def label(self) -> str: # "minlstm-stdlib", "mamba-TinyStories-characters"
         "Model and text"
         return "-".join([self.architecture, Path(self.corpus).stem, *([] if self.unit == "bytes" else [self.unit])])
-
-    @property
-    def routed(self) -> bool:
-        "Are there blocks that compute some tokens only?"
-        return self.architecture in ROUTED and self.capacity != 1
-
-    def check_trainer(self, trainer) -> None: # Raises ValueError
-        "Refuse to evolve what learns from losses of its own"
-        if self.routed and trainer.optimizer in ("es", "ga"): raise ValueError(f"optimizer = {trainer.optimizer!r}: the routers of {self.architecture!r} learn from losses of their own, by their gradients; take an optimizer that follows one, adam")
-
-    def _model(self, n_layers):
-        given = {f.name: value for f in fields(self) if f.name in _OPTIONS and (value := getattr(self, f.name)) is not None}
-        return language_model(self.architecture, self.text.vocabulary.size, self.d_model, n_layers, **given)
-
-    def model(self,
-        data:Tokens|None=None, # Not looked at
-    ) -> LanguageModel:
-        "A new model"
-        return self._model(self.n_layers)
 
     def batch(self,
         n:int, # Windows
@@ -161,14 +113,6 @@ class Language:
     ) -> Tokens:
         "Windows from anywhere in the documents for training"
         return Tokens(windows(self.text.train, rng.integers(0, len(self.text.train) - self.length + 1, n), self.length))
-
-    def loss(self,
-        model:nn.Module, # Gives logits [n, time, vocab] of the token after each
-        batch:Tokens,
-    ) -> Tensor: # Scalar
-        "Mean cross-entropy of the next token, in nats; its gradient has that of a routed model's auxiliary losses, too"
-        logits, auxiliary, _ = answer(model, batch.tokens[:, :-1])
-        return with_gradient_of(token_losses(logits, batch.tokens).mean(), auxiliary)
 
     @cached_property
     def test(self) -> Tensor: # [test_size, length]
@@ -178,25 +122,17 @@ class Language:
     @cached_property
     def _test_bytes(self): return torch.from_numpy(self.text.vocabulary.token_bytes)[self.test[:, 1:]]
 
-    @property
-    def tokens_per_example(self) -> int:
-        "Those that are predicted, for the count of tokens per second"
-        return self.length - 1
-
-    @property
-    def _at_once(self): return max(1, 2**13 // self.length)
-
     @torch.no_grad()
     def _on_test(self, model):
         "Losses of the predicted tokens; [n, length - 1]"
         device = next(model.parameters()).device
-        return torch.cat([token_losses(model(tokens[:, :-1].to(device)), tokens.to(device)).cpu() for tokens in self.test.split(self._at_once)])
+        return torch.cat([token_losses(model(tokens[:, :-1].to(device)), tokens.to(device)).cpu() for tokens in self.test.split(self.at_once)])
 
     def evaluate(self,
         model:nn.Module,
     ) -> dict[str, float]:
         "Loss, perplexity and bits per byte on the held-out windows, and what a routed model's routers do"
-        return text_metrics(self._on_test(model), self._test_bytes) | routing_metrics(model, self.test[:, :-1], self._at_once)
+        return text_metrics(self._on_test(model), self._test_bytes) | routing_metrics(model, self.test[:, :-1], self.at_once)
 
     def by_position(self,
         model:nn.Module,
