@@ -19,7 +19,7 @@ train: $(INSTALLED)
 
 test: $(INSTALLED)
 	$(BIN)/nbdev_test --n_workers 2 --do_print
-	$(BIN)/python -m pytest tests
+	$(BIN)/python -m pytest tests -n 2 --dist loadfile
 
 lab: $(INSTALLED)
 	$(BIN)/jupyter lab nbs/explore.ipynb
