@@ -167,7 +167,7 @@ def _answers(repo_id, what, token=None, revision=None, may_lack=False):
     return True
 
 # %% ../../nbs/runs/hub.ipynb #d9200a72
-_PLACES = {"language": "corpus", "graphical": "graph"}  # tasks that train language models, and the parameter of each that is a place
+_PLACES = {"language": "corpus", "graphical": "graph", "decoder_recall": None}  # tasks that train language models, and the parameter of each that is a place
 
 def _without_folders(values): return {name: Path(value).name if name in _PLACES.values() and Path(value).is_absolute() else value for name, value in values.items()}
 
@@ -186,7 +186,7 @@ class SavedModel(ModelHubMixin):
         "The model of a run"
         task, trainer = resumed(run)
         model = trained(run, best=best)
-        if not isinstance(model, LanguageModel): raise HubError(f"{run.path} holds a {type(model).__name__}: only language models are saved like this, those of the tasks graphical and language")
+        if not isinstance(model, LanguageModel): raise HubError(f"{run.path} holds a {type(model).__name__}: only language models are saved like this, those of the tasks {', '.join(_PLACES)}")
         values, last = _without_folders(parameter_values(task)), last_metrics(run)
         metrics = task.evaluate(model) if best else {name: value for name, value in last.items() if name != "step"}
         options = {name: values[name] for name in own_options(task.architecture) if values.get(name) is not None}
@@ -249,7 +249,7 @@ def _saved_task(saved, given):
     if name not in _PLACES: raise HubError(f"the model was trained on the task {name!r}: those that evaluate language models are {', '.join(_PLACES)}")
     place, kind, values = _PLACES[name], task_class(name), dict(saved.config.parameters)
     check_names(given, field_names(kind))
-    if place not in given and values.get(place) != "stdlib": raise ParameterError(f"{place} was {values.get(place)!r} where the model was trained: give {place} for the same here")
+    if place and place not in given and values.get(place) != "stdlib": raise ParameterError(f"{place} was {values.get(place)!r} where the model was trained: give {place} for the same here")
     if place in given: values = {key: value for key, value in values.items() if not key.endswith("_fingerprint")}
     return build(kind, {**values, **given})
 
