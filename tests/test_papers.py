@@ -277,3 +277,64 @@ def test_a_reduced_sweep_of_graphs_has_every_axis(reduced_graphs):
     assert of_settings(tables["probes"], ["model", "node"]) == {(model, node) for model in KINDS for node in ("slow", "dead", "Z")} and (tables["positions"]["excess"] >= 0).all()
     assert of_settings(tables["values"], ["model", "matrix"]) == {(model, matrix) for model in KINDS for matrix in ("embedding", "unembedding")}
     assert tables["entropies"].set_index("graph").loc["chain", ["entropy", "bigram", "unigram"]].is_monotonic_increasing
+
+
+ROUTED_KINDS, ROUTED_SETTING = ("mod", "sdt", "stt"), ["task", "model", "layers", "capacity", "optimizer", "steps"]
+ROUTED_TASKS = {"language": "text", "graphical": "graph", "decoder_recall": "recall"}
+
+
+def routing_tables(folder): return {name: pd.read_csv(folder / f"routing_{name}.csv", comment="#") for name in ("runs", "curves", "choices", "spectra", "values", "passage", "references")}
+
+
+def asked_of_routers():
+    """Every setting of the sweep, with its number of seeds."""
+    found = Counter()
+    for one in combinations(read_sweep(PAPERS / "routing.yaml")["parameters"]):
+        task, trainer = resolve(one, others=set())
+        found[ROUTED_TASKS[task.name], task.architecture, task.n_layers, task.capacity or 1., trainer.optimizer, trainer.steps] += 1
+    return found
+
+
+def operations(vocab, d, feedforward, length, tokens, model):
+    """Of a forward pass for a token, where the blocks compute so many tokens of a sequence: products with weights, attention, and the routers."""
+    blocks = sum(2 * n * (4 * d * d + 3 * d * feedforward) + 4 * n * n * d for n in tokens)
+    causal = d * (d // 2) + d // 2
+    routers = 2 * length * {"transformer": 0, "mod": causal + d}.get(model, causal + 2 * d * (d // 8) + (d // 8) * 2 * d)
+    return (blocks + 2 * routers + 2 * length * vocab * d) / length
+
+
+def test_the_sweep_of_routers_has_every_model_at_equal_weights_and_at_equal_operations():
+    wanted = asked_of_routers()
+    assert set(wanted.values()) == {3} and sum(wanted.values()) == 171
+    for task, steps in (("text", 500), ("graph", 600), ("recall", 800)):
+        own = {one[1:] for one in wanted if one[0] == task}
+        assert {(model, layers, 1., optimizer, steps) for model, layers in (("transformer", 4), ("transformer", 3)) for optimizer in ("adam", "sgd")} <= own
+        assert {(model, 4, capacity, "adam", steps) for model in ROUTED_KINDS for capacity in (.25, .5, .75)} <= own and {(model, 4, .5, "sgd", steps) for model in ROUTED_KINDS} <= own
+        assert {one[0] for one in own if one[-1] > steps} == set(ROUTED_KINDS)
+
+
+def test_saved_runs_of_routers_hold_every_setting_and_their_operations_are_those_of_a_formula():
+    runs, wanted = routing_tables(PAPERS / "results")["runs"], asked_of_routers()
+    assert {tuple(one): n for *one, n in runs[[*ROUTED_SETTING, "n"]].itertuples(index=False, name=None)} == wanted
+    assert (runs.query("task != 'text'")["score"] >= 0).all() and (runs["score"][runs["task"] == "text"] * math.log(2) - runs["loss"][runs["task"] == "text"]).abs().max() < 1e-3
+    for row in runs.itertuples():
+        vocab, d, feedforward, length = {"text": (256, 64, 176, 63), "graph": (16, 32, 88, 31), "recall": (60, 32, 88, 32)}[row.task]
+        tokens = [length if row.capacity == 1 or i % 2 == 0 else int(row.capacity * length) for i in range(row.layers)]
+        assert row.flops == pytest.approx(operations(vocab, d, feedforward, length, tokens, row.model), rel=2e-3)
+    cost = runs.set_index(ROUTED_SETTING)["flops"]
+    for (task, model, layers, capacity, optimizer, steps), value in cost.items():
+        if steps not in (500, 600, 800): assert steps * value == pytest.approx({"text": 500, "graph": 600, "recall": 800}[task] * cost[task, "transformer", 4, 1., "adam", {"text": 500, "graph": 600, "recall": 800}[task]], rel=.01)
+
+
+@pytest.fixture(scope="module")
+def reduced_routers(tmp_path_factory): return remade("routing", tmp_path_factory.mktemp("reduced"))
+
+
+def test_a_reduced_sweep_of_routers_has_every_axis(reduced_routers):
+    tables = routing_tables(reduced_routers[0])
+    assert of_settings(tables["runs"], ["task", "model", "optimizer"]) == {(one[0], one[1], one[4]) for one in asked_of_routers()} and set(tables["runs"]["n"]) == {1}
+    assert (tables["curves"].query("task != 'text'")["score"] > 0).all() and tables["curves"].query("model != 'transformer'")[["gate", "chosen"]].stack().between(0, 1).all()
+    shares = tables["choices"].query("task == 'recall'").pivot_table(index=["model", "block", "capacity"], columns="what", values="value")
+    assert len(shares) and np.allclose(shares @ pd.Series({"background": 11, "trigger": 2, "after trigger": 2, "last": 1}) / 16, 1, atol=5e-4)  # of all tokens of a sentence
+    assert of_settings(tables["spectra"], ["model", "block"]) == {(model, block) for model in ("transformer", *ROUTED_KINDS) for block in range(4)}
+    assert set(tables["passage"]["model"]) == set(ROUTED_KINDS) and set(tables["passage"]["chosen"]) <= {0, 1}
