@@ -91,6 +91,11 @@ class DecoderRecall(NextToken):
         draw = lambda unseen: recall_sentences(self.test_size, np.random.default_rng([TEST_STREAM, unseen]), self.vocab_size, self.n_triggers, self.n_outputs, self.length, self.noise, unseen)
         return {"valid": draw(False), "unseen": draw(True)}
 
+    @property
+    def test_inputs(self) -> Tensor: # [test_size, length]
+        "What models read of the sentences that they are evaluated on"
+        return self.tests["valid"].tokens
+
     @torch.no_grad()
     def _on_test(self, model, name):
         "Expected losses; [test_size]"
@@ -104,7 +109,7 @@ class DecoderRecall(NextToken):
         "Loss on seen and unseen outputs, how far the first is from the optimum, and what a routed model's routers do"
         loss = self._on_test(model, "valid").mean().item()
         found = {"valid/loss": loss, "valid/excess": loss - binary_entropy(self.noise), "unseen/loss": self._on_test(model, "unseen").mean().item()}
-        return found | routing_metrics(model, self.tests["valid"].tokens, self.at_once)
+        return found | routing_metrics(model, self.test_inputs, self.at_once)
 
     def optimum(self) -> list[Optimum]: # All exact
         "The label's entropy"

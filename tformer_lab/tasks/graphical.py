@@ -177,7 +177,7 @@ class Graphical(NextToken):
         "Loss on the test sequences, how far it is from the optimum, the loss at some positions, and what a routed model's routers do"
         losses, excess = self._on_test(model)
         found = {"valid/loss": losses.mean().item()} | ({} if excess is None else {"valid/excess": excess.mean().item()})
-        return found | {f"valid/loss_{t}": losses[:, t - 1].mean().item() for t in self.positions} | routing_metrics(model, self.test[:, :-1], self.at_once)
+        return found | {f"valid/loss_{t}": losses[:, t - 1].mean().item() for t in self.positions} | routing_metrics(model, self.test_inputs, self.at_once)
 
     def by_position(self,
         model:nn.Module,

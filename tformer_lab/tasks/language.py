@@ -132,7 +132,7 @@ class Language(NextToken):
         model:nn.Module,
     ) -> dict[str, float]:
         "Loss, perplexity and bits per byte on the held-out windows, and what a routed model's routers do"
-        return text_metrics(self._on_test(model), self._test_bytes) | routing_metrics(model, self.test[:, :-1], self.at_once)
+        return text_metrics(self._on_test(model), self._test_bytes) | routing_metrics(model, self.test_inputs, self.at_once)
 
     def by_position(self,
         model:nn.Module,

@@ -106,6 +106,11 @@ class NextToken:
         return with_gradient_of(token_losses(logits, batch.tokens).mean(), auxiliary)
 
     @property
+    def test_inputs(self) -> Tensor: # [test_size, time]
+        "What models read of the sequences that they are evaluated on"
+        return self.test[:, :-1]
+
+    @property
     def tokens_per_example(self) -> int:
         "Those that are predicted, for the count of tokens per second"
         return self.length - 1
