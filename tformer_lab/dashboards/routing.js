@@ -92,7 +92,7 @@ class TokenView {
     this.tokens.forEach((tokens, b) => {
       const values = this.values(color, b), chosen = this.values("chosen", b);
       tokens.forEach((token, place) => {
-        const share = Math.min(1, Math.max(0, (values[place] - low) / (high - low)));
+        const share = Math.min(1, Math.max(0, (values[place] - low) / (high - low))) || 0;  // none of what is no number
         token.style.backgroundColor = `rgba(${HUE}, ${(DEEPEST * share).toFixed(3)})`;
         token.classList.toggle("routing-chosen", chosen[place] === 1);
       });

@@ -141,8 +141,9 @@ def color_limits(
     values:np.ndarray, # [...]
 ) -> tuple[float, float]: # Values that the first and the last colour stand for
     "A scale for a whole run"
-    if name not in ("static", "change"): return 0., 1.
-    low, high = map(float, np.quantile(values, [.01, .99]))
+    found = values[np.isfinite(values)]
+    if name not in ("static", "change") or not found.size: return 0., 1.
+    low, high = map(float, np.quantile(found, [.01, .99]))
     return (low, high) if high > low else (low - .5, low + .5)
 
 # %% ../../nbs/dashboards/routing.ipynb #d5a60d33
