@@ -142,7 +142,7 @@ def test_another_kind_and_unit_has_no_surprise(seeds):
 
 @pytest.mark.parametrize("sequences, said", [
     ("x" * 24, "24 tokens: the model was trained on 23, so there should be from 2 to 23"), ("x", "1 tokens: the model was trained on 23"), ([], "float64: they should be text"), (["one", "three"], "3, 5 tokens"),
-    ([[1, 256]], "a token 256: the model knows those from 0 to 255"), ([-1, 3], "a token -1"), ([.5, 1.], "float64: they should be text, or whole numbers"), (np.zeros((1, 1, 4), int), r"\[1, 1, 4\]")])
+    ([[1, 256]], "a token 256: the model knows those from 0 to 255"), ([-1, 3], "a token -1"), ([[1, 2], [3, 4, 5]], "not of one length"), ([.5, 1.], "float64: they should be text, or whole numbers"), (np.zeros((1, 1, 4), int), r"\[1, 1, 4\]")])
 def test_sequences_that_cannot_be_read_are_refused(run, sequences, said):
     with pytest.raises(ValueError, match=said): routing_history(run, sequences)
 

@@ -54,7 +54,8 @@ def token_rows(
     if sequences is None: return task.test[:SHOWN, :-1]
     if isinstance(sequences, str): sequences = [sequences]
     if len(sequences) and isinstance(sequences[0], str): return _checked(task, _encoded(task, sequences))
-    rows = torch.as_tensor(np.asarray(sequences))
+    try: rows = torch.as_tensor(np.asarray(sequences))
+    except ValueError: raise ValueError("the sequences are not of one length: give those that are, or one at a time") from None
     if rows.dtype.is_floating_point or rows.dim() not in (1, 2): raise ValueError(f"sequences are {list(rows.shape)} of {str(rows.dtype).removeprefix('torch.')}: they should be text, or whole numbers [n, time]")
     return _checked(task, rows.long().reshape(-1, rows.shape[-1]))
 
@@ -315,7 +316,7 @@ def blocks_figure(
         figure.add_trace(_line(looks[block], role == next(iter(names)), x=np.arange(1, s.shape[1] + 1, dtype=np.int16), y=s[last], hovertemplate="rank %{x}: %{y:.3g} of the largest<extra>%{fullData.name}</extra>"), **_place(list(names).index(role)))
     figure.frames = [go.Frame(name=str(step), data=[go.Scatter(y=s[t]) for *_, s in shapes], traces=list(range(len(shapes)))) for t, step in enumerate(history.steps)]
     low, high = (value_range(np.concatenate([s.ravel() for *_, s in shapes])[None], True)[0], .06) if log else (-.03, 1.03)
-    figure.update_yaxes(range=[low, high], **(log_ticks(low, high) if log else {})).update_xaxes(title={"text": "rank", "standoff": 4})
+    figure.update_yaxes(range=[low, high], **(log_ticks(low, high) if log else {})).update_yaxes(title={"text": "share of the largest", "standoff": 4}, col=1).update_xaxes(title={"text": "rank", "standoff": 4})
     return figure.update_layout(sliders=[step_slider(history.steps, last)], margin_b=112)
 
 # %% ../../nbs/dashboards/routing.ipynb #641bf7ae
@@ -326,7 +327,7 @@ def blocks_metric_figure(
     "A metric of the spectra of routed and unrouted blocks over training"
     if metric not in METRICS: raise ValueError(f"there is no metric {metric!r}; there are {', '.join(METRICS)}")
     history = run.spectra
-    (names, looks), axis, figure = blocks_of(history), step_axis(history.steps), None
+    (names, looks), axis = blocks_of(history), step_axis(history.steps)
     figure = _panels(names, 440)
     for i, (role, by_block) in enumerate(names.items()):
         for block, name in sorted(by_block.items()):
