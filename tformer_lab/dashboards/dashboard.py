@@ -250,7 +250,7 @@ class TakeAway:
         step = int(steps[max(0, int(np.searchsorted(steps, self.step, "right")) - 1)])
         state = self.state | {"matrix": first, "step": step, "live": False, "table": {}, "others": [], "code": self.code, "message": "", "polled": 0, "grid": grid, "about": about,
                               "panels": self.panels, "shuffled": self.shuffled}
-        return page_text(state, shown, f"{self.run}: singular values over training")
+        return page_text({"state": state, "shown": shown}, f"{self.run}: singular values over training", module_text(), style_text())
 
     def to_code(self) -> str:
         "Python that shows this view again"

@@ -26,17 +26,23 @@ from .views import Training, grid_figure, grid_view, last_step, metric_limits, s
 from ..storage import write_atomically
 
 # %% auto #0
-__all__ = ['PAGE', 'PANELS', 'module_text', 'style_text', 'packed', 'squeezed', 'page_text', 'Scene', 'reached', 'panel_figure',
-           'panel_table', 'checked_path', 'save_picture']
+__all__ = ['PAGE', 'PANELS', 'package_text', 'module_text', 'style_text', 'packed', 'squeezed', 'page_text', 'Scene', 'reached',
+           'panel_figure', 'panel_table', 'checked_path', 'save_picture']
 
 # %% ../../nbs/dashboards/export.ipynb #27d4d4da
+def package_text(
+    *names:str, # Of files in `tformer_lab/dashboards`
+) -> str:
+    "Files of this package, one after the other"
+    return "\n".join(files("tformer_lab.dashboards").joinpath(name).read_text(encoding="utf-8") for name in names)
+
 def module_text() -> str:
-    "The page's module: plotly.js, and what scrubs with it"
-    return get_plotlyjs() + "\n" + files("tformer_lab.dashboards").joinpath("scrub.js").read_text(encoding="utf-8")
+    "The dashboard's module: plotly.js, and what scrubs with it"
+    return get_plotlyjs() + "\n" + package_text("page.js", "scrub.js")
 
 def style_text() -> str:
-    "The page's style sheet"
-    return files("tformer_lab.dashboards").joinpath("scrub.css").read_text(encoding="utf-8")
+    "The style sheet of a widget"
+    return package_text("scrub.css")
 
 # %% ../../nbs/dashboards/export.ipynb #217c4cc3
 def packed(
@@ -89,13 +95,13 @@ try {{
 """
 
 def page_text(
-    state:Mapping[str, Any], # Everything that the page reads, by name
-    shown:Mapping[str, Any], # By matrix, the numbers of it and of those beside it
+    data:Any, # What the module's `mount` is given: JSON with bytes in it
     title:str,
+    module:str, # JavaScript that exports `mount(data, element)`
+    style:str, # CSS
 ) -> str: # HTML
     "A page that stands alone"
-    data = json.dumps(packed({"state": state, "shown": shown}), separators=(",", ":"))
-    return PAGE.format(title=escape(title), style=style_text(), code=squeezed(module_text()), data=squeezed(data))
+    return PAGE.format(title=escape(title), style=style, code=squeezed(module), data=squeezed(json.dumps(packed(data), separators=(",", ":"))))
 
 # %% ../../nbs/dashboards/export.ipynb #aabeb76b
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from plotly.subplots import make_subplots
 __all__ = ['COLORS', 'HEAT', 'GRID', 'REFERENCE', 'style', 'StepAxis', 'step_axis', 'shade', 'visible', 'drawn_ranks',
            'value_range', 'spectrum_traces', 'log_ticks', 'spectrum_axis', 'spectrum_figure', 'heatmap_figure',
            'optimum_trace', 'reference_trace', 'curve_trace', 'curve_range', 'legend_room', 'own_lines', 'curve_figure',
-           'training_figure', 'scrub_figure']
+           'training_figure', 'step_slider', 'scrub_figure']
 
 # %% ../../nbs/dashboards/figures.ipynb #d1afd109
 COLORS = {"now": "#0072B2", "first": "#8C8C8C", "previous": "#E69F00", "optimum": "#D55E00", "cursor": "#CC79A7"}
@@ -283,7 +283,10 @@ def _head(name, optimum, references):
     return escape(name) + "".join(f'<br><span style="color:{color};font-size:11px">{text}</span>' for color, text in lines)
 
 # %% ../../nbs/dashboards/figures.ipynb #2e30db84
-def _slider(steps, active):
+def step_slider(
+    steps:Sequence[int], # [checkpoints]; a frame of the figure is named by each
+    active:int, # Index of the one that is shown at first
+) -> dict[str, Any]: # For plotly's sliders
     "One stop a checkpoint"
     move = {"mode": "immediate", "frame": {"duration": 0, "redraw": False}, "transition": {"duration": 0}}
     stops = [{"label": f"{step:,}", "method": "animate", "args": [[str(step)], move]} for step in steps]
@@ -305,7 +308,7 @@ def scrub_figure(
         panel = spectrum_figure(s, steps, last, log).layout
         figure.update_yaxes(panel.yaxis, row=1, col=i).update_xaxes(panel.xaxis, row=1, col=i)
     figure.frames = [_frame(spectra, steps, index, log) for index in range(len(steps))]
-    figure = style(figure, height=460).update_layout(sliders=[_slider(steps, last)], margin={"t": 76, "b": 118})
+    figure = style(figure, height=460).update_layout(sliders=[step_slider(steps, last)], margin={"t": 76, "b": 118})
     figure.update_yaxes(title_text="").update_yaxes(title_text="singular value", col=1).update_xaxes(title_text="rank")
     return figure.update_layout(legend={"y": 1.15}).update_annotations(font_size=13)
 

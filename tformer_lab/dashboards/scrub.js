@@ -1,6 +1,6 @@
 // Draws a run's panels with plotly.js and scrubs through its checkpoints, all in the page: in a notebook, and in an exported file.
 // Python sends figures once, and the numbers of all checkpoints as buffers; see nbs/dashboards/views.ipynb and panels.ipynb, which
-// define every line that is computed here. `Plotly` is global: plotly.min.js stands before this text in the same module.
+// define every line that is computed here. plotly.min.js, whose `Plotly` is global, and page.js stand before this text in the same module.
 
 const EPSILON = 2 ** -23;       // float32's: a value below rank * EPSILON * largest is zero to its precision
 const TINY = 1e-9;              // where a band that reaches zero ends on a logarithmic axis
@@ -27,37 +27,11 @@ const LINES = {
   shuffled: ["shuffled, 95%", "where the values lie when the matrix's own entries are shuffled; computed when asked for, at steps whose weights were kept"],
 };
 
-function element(tag, attributes = {}, ...children) {
-  const made = document.createElement(tag);
-  for (const [name, value] of Object.entries(attributes)) made.setAttribute(name, value);
-  made.append(...children);
-  return made;
-}
-
-function labelled(text, control) {
-  if (!control.hasAttribute("aria-label")) control.setAttribute("aria-label", text);
-  return element("label", { class: "scrub-field" }, element("span", {}, text), control);
-}
-
-function fill(select, options, chosen) {
-  const pairs = Array.isArray(options) ? options.map((value) => [value, value]) : Object.entries(options);
-  select.replaceChildren(...pairs.map(([value, text]) => element("option", { value }, text)));
-  select.value = chosen;
-}
-
 /** Text as Python's repr gives it. */
 function quoted(text) {
   const mark = text.includes("'") && !text.includes('"') ? '"' : "'";
   return mark + JSON.stringify(text).slice(1, -1).replaceAll('\\"', '"').replaceAll(mark, `\\${mark}`) + mark;
 }
-
-const number = (value, digits = 4) => (Number.isFinite(value) ? String(+value.toPrecision(digits)) : "–");
-const count = (value) => value.toLocaleString("en");
-
-/** A buffer as numbers; copied, since its start may not be aligned. */
-const bytesOf = (sent) => sent.buffer.slice(sent.byteOffset, sent.byteOffset + sent.byteLength);
-const floats = (sent) => new Float32Array(bytesOf(sent));
-const whole = (sent) => new Int32Array(bytesOf(sent));
 
 function nearest(positions, x) {
   let best = 0;
@@ -857,44 +831,21 @@ class Dashboard {
 // ---- without a kernel ---------------------------------------------------------------------------------------------
 
 /** Stands in for the notebook's model in an exported page: all matrices are in the page. */
-class Page {
-  constructor(sent) {
-    this.values = { ...sent.state, shown: sent.shown[sent.state.matrix] };
-    this.all = sent.shown;
-    this.handlers = {};
-    this.alone = true;
+class Pages extends Page {
+  constructor({ state, shown }) {
+    super({ ...state, shown: shown[state.matrix] });
+    this.all = shown;
   }
-  get(name) { return this.values[name]; }
-  set(name, value) {
-    if (JSON.stringify(this.values[name]) === JSON.stringify(value)) return;
-    this.values[name] = value;
-    const changed = [name];
-    if (name === "matrix" || name === "compare") {
-      const { main, others } = this.all[this.values.matrix];
-      this.values.shown = { main, others: others.filter(({ label }) => this.values.compare.includes(label)) };
-      changed.push("shown", "grid");
-    }
-    for (const each of changed) (this.handlers[`change:${each}`] || []).forEach((act) => act());
+  follow(name) {
+    if (name !== "matrix" && name !== "compare") return [];
+    const { main, others } = this.all[this.values.matrix];
+    this.values.shown = { main, others: others.filter(({ label }) => this.values.compare.includes(label)) };
+    return ["shown", "grid"];
   }
-  on(event, act) { (this.handlers[event] ||= []).push(act); }
-  off(event, act) { this.handlers[event] = (this.handlers[event] || []).filter((other) => other !== act); }
-  save_changes() {}
-  send() {}
-}
-
-function revived(value) {
-  if (Array.isArray(value)) return value.map(revived);
-  if (value === null || typeof value !== "object") return value;
-  if (typeof value.$bytes === "string") {
-    const text = atob(value.$bytes), bytes = new Uint8Array(text.length);
-    for (let i = 0; i < text.length; i++) bytes[i] = text.charCodeAt(i);
-    return new DataView(bytes.buffer);
-  }
-  return Object.fromEntries(Object.entries(value).map(([name, part]) => [name, revived(part)]));
 }
 
 /** Show exported data in an element. */
-export function mount(sent, root) { return new Dashboard(new Page(revived(sent)), root); }
+export function mount(sent, root) { return new Dashboard(new Pages(revived(sent)), root); }
 
 export default {
   render({ model, el }) {
