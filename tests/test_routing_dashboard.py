@@ -20,6 +20,7 @@ from tformer_lab.models.language import language_model
 from tformer_lab.models.routed import Routed
 from tformer_lab.runs.store import Run, RunError
 from tformer_lab.storage import read_safetensors
+from tformer_lab.tasks.decoder_recall import DecoderRecall
 from tformer_lab.tasks.graphical import Graphical
 from tformer_lab.tasks.language import Language
 from tformer_lab.tasks.recall import Recall
@@ -67,7 +68,7 @@ def history(run): return routing_history(run)
 
 
 @pytest.fixture(scope="module")
-def test_tokens(run): return build(Language, run.config["parameters"]).test[:, :-1]
+def tokens_read(run): return build(Language, run.config["parameters"]).test[:, :-1]
 
 
 # What was chosen
@@ -83,12 +84,12 @@ def by_hand(run, step, tokens, **options):
     return model, torch.stack(odds), torch.stack(residuals)
 
 
-def test_signals_are_those_of_the_model_run_by_hand_at_each_checkpoint(run, history, test_tokens):
+def test_signals_are_those_of_the_model_run_by_hand_at_each_checkpoint(run, history, tokens_read):
     assert history.steps.tolist() == list(run.checkpoints) and len(history.steps) >= 4 and history.blocks == (1, 3) and history.run == "sdt"
-    np.testing.assert_array_equal(history.tokens, test_tokens[:SHOWN])
+    np.testing.assert_array_equal(history.tokens, tokens_read[:SHOWN])
     chosen = set()
     for t, step in enumerate(history.steps):
-        found, (model, odds, residuals) = {name: values[t] for name, values in history.signals.items()}, by_hand(run, step, test_tokens[:SHOWN])
+        found, (model, odds, residuals) = {name: values[t] for name, values in history.signals.items()}, by_hand(run, step, tokens_read[:SHOWN])
         np.testing.assert_array_equal(found["chosen"], odds > 0)
         np.testing.assert_allclose(found["probability"], 1 / (1 + np.exp(-odds.numpy())), rtol=1e-5)
         np.testing.assert_allclose(found["static"], (residuals**2).mean(-1), rtol=1e-5)
@@ -104,8 +105,8 @@ def test_signals_are_those_of_the_model_run_by_hand_at_each_checkpoint(run, hist
     assert len(chosen) > 2 and 0 < history.signals["chosen"].mean() < 1
 
 
-def test_shares_of_the_whole_evaluation_are_what_the_run_recorded(run, test_tokens):
-    found, metrics = routing_history(run, test_tokens), run.metrics.set_index("step")
+def test_shares_of_the_whole_evaluation_are_what_the_run_recorded(run, tokens_read):
+    found, metrics = routing_history(run, tokens_read), run.metrics.set_index("step")
     common = [step for step in found.steps if step in metrics["routing/chosen_1"].dropna().index]
     assert len(common) > 2
     for name, values in {"chosen": found.signals["chosen"], "gate": found.signals["gate"], "surprise": found.signals["static"], "accuracy": found.signals["chosen"] == found.signals["top"]}.items():
@@ -163,6 +164,13 @@ def test_other_tasks_are_refused_or_shown_as_numbers(tmp_path):
     with pytest.raises(ValueError, match="graphical is of no text: give rows of tokens"): routing_history(other, "one")
     found = routing_history(other)
     assert not found.text and found.marks[0] == [str(token) for token in found.tokens[0]] and found.signals["change"].shape == (len(found.steps), 2, SHOWN, 23)
+
+
+def test_sentences_of_recall_are_read_to_their_last_token(folder):
+    run = fit(DecoderRecall(model="mod", length=12, d_model=16, test_size=8), runs_dir=folder / "runs", name="recall", steps=2, warmup=0, checkpoints=1, evaluations=1, progress=False)
+    found = routing_history(run)
+    assert not found.text and np.array_equal(found.tokens, DecoderRecall(length=12, test_size=8).tests["valid"].tokens[:SHOWN]) and found.signals["chosen"].shape == (2, 1, SHOWN, 12)
+    with pytest.raises(ValueError, match="from 2 to 12"): routing_history(run, torch.zeros(13, dtype=torch.int64))
 
 
 def test_weights_of_another_model_are_refused(run, seeds, tmp_path):

@@ -51,7 +51,7 @@ def token_rows(
     sequences:str|Sequence[str]|Tensor|np.ndarray|Sequence|None, # A text, several of one length, tokens [time] or [n, time]; None: the first that the task evaluates on
 ) -> Tensor: # [n, time] int64; raises ValueError
     "Sequences as rows of tokens that the model can read"
-    if sequences is None: return task.test[:SHOWN, :-1]
+    if sequences is None: return task.test_inputs[:SHOWN]
     if isinstance(sequences, str): sequences = [sequences]
     if len(sequences) and isinstance(sequences[0], str): return _checked(task, _encoded(task, sequences))
     try: rows = torch.as_tensor(np.asarray(sequences))
@@ -69,8 +69,8 @@ def _encoded(task, texts):
 
 def _checked(task, rows):
     "Refuse what the model was not made to read"
-    time, wrong = rows.shape[1], rows[(rows < 0) | (rows >= task.vocab_size)]
-    if not 2 <= time < task.length: raise ValueError(f"a sequence has {time} tokens: the model was trained on {task.length - 1}, so there should be from 2 to {task.length - 1}")
+    time, most, wrong = rows.shape[1], task.test_inputs.shape[1], rows[(rows < 0) | (rows >= task.vocab_size)]
+    if not 2 <= time <= most: raise ValueError(f"a sequence has {time} tokens: the model was trained on {most}, so there should be from 2 to {most}")
     if len(wrong): raise ValueError(f"there is a token {wrong[0].item()}: the model knows those from 0 to {task.vocab_size - 1}")
     return rows
 
