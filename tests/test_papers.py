@@ -3,6 +3,7 @@ import math
 import subprocess
 import sys
 from collections import Counter
+from functools import cache
 from pathlib import Path
 
 import nbformat
@@ -286,12 +287,13 @@ ROUTED_TASKS = {"language": "text", "graphical": "graph", "decoder_recall": "rec
 def routing_tables(folder): return {name: pd.read_csv(folder / f"routing_{name}.csv", comment="#") for name in ("runs", "curves", "choices", "spectra", "values", "passage", "references")}
 
 
+@cache
 def asked_of_routers():
     """Every setting of the sweep, with its number of seeds."""
-    found = Counter()
-    for one in combinations(read_sweep(PAPERS / "routing.yaml")["parameters"]):
-        task, trainer = resolve(one, others=set())
-        found[ROUTED_TASKS[task.name], task.architecture, task.n_layers, task.capacity or 1., trainer.optimizer, trainer.steps] += 1
+    found, seeds = Counter(), Counter(tuple((name, value) for name, value in one.items() if name != "seed") for one in combinations(read_sweep(PAPERS / "routing.yaml")["parameters"]))
+    for one, count in seeds.items():
+        task, trainer = resolve(dict(one), others=set())
+        found[ROUTED_TASKS[task.name], task.architecture, task.n_layers, task.capacity or 1., trainer.optimizer, trainer.steps] += count
     return found
 
 
