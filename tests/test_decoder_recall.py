@@ -61,7 +61,7 @@ def test_sentences_are_those_of_the_recall_task_and_the_tests_are_fixed():
     batch, tests = task.batch(500, np.random.default_rng(0)), task.tests
     assert set(batch.outputs.tolist()) == set(range(5, 11)) == set(tests["valid"].outputs.tolist()) and set(tests["unseen"].outputs.tolist()) <= set(range(11, 59))
     assert (batch.tokens[:, -1] == 0).all() and .4 < (batch.labels == 59).double().mean() < .6
-    assert torch.equal(tests["valid"].tokens, small(noise=.5, n_outputs=6, model="hawk").tests["valid"].tokens) and not torch.equal(tests["valid"].tokens, tests["unseen"].tokens)
+    assert torch.equal(tests["valid"].tokens, small(noise=.5, n_outputs=6, model="hawk").tests["valid"].tokens) and (tests["valid"].tokens == tests["unseen"].tokens).double().mean() < .3
 
 
 @pytest.mark.parametrize("noise", [0., .5])
