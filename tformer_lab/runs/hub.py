@@ -167,7 +167,7 @@ def _answers(repo_id, what, token=None, revision=None, may_lack=False):
     return True
 
 # %% ../../nbs/runs/hub.ipynb #d9200a72
-_PLACES = {"language": "corpus", "graphical": "graph", "decoder_recall": None}  # tasks that train language models, and the parameter of each that is a place
+_PLACES = {"language": "corpus", "graphical": "graph", "decoder_recall": None}  # tasks that train language models, and the parameter of each that is a place, if there is one
 
 def _without_folders(values): return {name: Path(value).name if name in _PLACES.values() and Path(value).is_absolute() else value for name, value in values.items()}
 

@@ -53,7 +53,7 @@ class Task(Protocol):
         "What no learner can beat; empty where nothing is known"
 
 # %% ../../nbs/tasks/task.ipynb #d1841218
-TASKS:dict[str, str|type] = {name: f"tformer_lab.tasks.{name}:{name.title()}" for name in ("recall", "forecast", "graphical", "language")} | {"teacher_student": "tformer_lab.tasks.teacher_student:TeacherStudent", "decoder_recall": "tformer_lab.tasks.decoder_recall:DecoderRecall"}  # a string is imported when first used
+TASKS:dict[str, str|type] = {name: f"tformer_lab.tasks.{name}:{name.title().replace('_', '')}" for name in ("recall", "decoder_recall", "forecast", "teacher_student", "graphical", "language")}  # a string is imported when first used
 
 def register(
     task:type, # A class with the methods of `Task`
