@@ -115,6 +115,18 @@ def chromium():
         browser.close()
 
 
+def files_only(context):
+    """Take the network from a browser's context. Returns the list of what is asked for all the same."""
+    asked = []
+    context.set_offline(True)
+    def answer(route):
+        if route.request.url.startswith(("file:", "blob:", "data:")): return route.continue_()
+        asked.append(route.request.url)
+        route.abort()
+    context.route("**/*", answer)
+    return asked
+
+
 class Server:
     """A server of notebooks as a process of its own, over a copy of the notebooks and a folder of runs."""
     def __init__(self, folder, runs, command):

@@ -7,7 +7,7 @@ import time
 import numpy as np
 import pytest
 from playwright.sync_api import TimeoutError
-from conftest import TOP, Kernel, Lab, Voila, growing, layered_run, write_run
+from conftest import TOP, Kernel, Lab, Voila, files_only, growing, layered_run, write_run
 
 from tformer_lab.dashboards.dashboard import Dashboard
 from tformer_lab.dashboards.figures import step_axis
@@ -733,13 +733,8 @@ def exported(runs, tmp_path_factory):
 @pytest.fixture
 def alone(exported, chromium, errors):
     """The exported page without a network; any request that is for no file fails."""
-    context, asked = chromium.new_context(viewport={"width": 1400, "height": 1300}), []
-    context.set_offline(True)
-    def only_files(route):
-        if route.request.url.startswith(("file:", "blob:", "data:")): return route.continue_()
-        asked.append(route.request.url)
-        route.abort()
-    context.route("**/*", only_files)
+    context = chromium.new_context(viewport={"width": 1400, "height": 1300})
+    asked = files_only(context)
     page = watched(context.new_page(), errors)
     page.goto(exported[1].as_uri())
     page.wait_for_selector(".scrub-spectrum .main-svg", timeout=20_000)

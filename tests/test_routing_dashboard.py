@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 import traitlets
-from conftest import Kernel, Lab
+from conftest import Kernel, Lab, files_only
 from plotly.colors import unlabel_rgb
 from torch.nn import functional as F
 
@@ -269,13 +269,8 @@ def texts(run): return routing_history(run, ["two <b>one</b>\n\tthree", "λόγ�
 @pytest.fixture
 def open_page(chromium, texts, tmp_path):
     """Opens a view's file without a network; there must be no request but for files, and no error."""
-    context, wrong = chromium.new_context(viewport={"width": 1000, "height": 700}), []
-    context.set_offline(True)
-    def only_files(route):
-        if route.request.url.startswith(("file:", "blob:", "data:")): return route.continue_()
-        wrong.append(route.request.url)
-        route.abort()
-    context.route("**/*", only_files)
+    context = chromium.new_context(viewport={"width": 1000, "height": 700})
+    wrong = files_only(context)
     def open_page(view):
         page = context.new_page()
         page.on("pageerror", lambda error: wrong.append(str(error)))
