@@ -79,10 +79,11 @@ def test_that_submits_a_job(slurm):
     sys.stdin.readline()
     {end}
 """
-STUBBORN = "trap '' TERM; touch started; while :; do sleep 1; done"
+STUBBORN = "trap '' TERM; while :; do sleep 1; done"
+EVERY_PROCESS = {"munged", "slurmctld", "slurmd", "slurmstepd", "sleep"}
 
 
-@pytest.mark.parametrize("end, job", [("assert False", STUBBORN), ("os.kill(os.getpid(), 9)", "touch started; sleep 600"), ("os.killpg(0, 2); time.sleep(60)", "touch started; sleep 600")],
+@pytest.mark.parametrize("end, job", [("assert False", STUBBORN), ("os.kill(os.getpid(), 9)", "sleep 600"), ("os.killpg(0, 2); time.sleep(60)", "sleep 600")],
                          ids=["failed", "killed", "interrupted"])
 def test_tests_leave_no_process_of_their_cluster_however_they_end(slurm, tmp_path, end, job):
     (tmp_path / "test_it.py").write_text(TESTS.format(end=end, job=job))
@@ -90,8 +91,8 @@ def test_tests_leave_no_process_of_their_cluster_however_they_end(slurm, tmp_pat
     tests = subprocess.Popen([sys.executable, "-m", "pytest", *options], stdin=subprocess.PIPE, start_new_session=True, cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(TOP / "tests")})
     home = tmp_path / "base/slurm0/home"
     try:
-        while not (tmp_path / "started").exists() and tests.poll() is None: time.sleep(.1)
-        assert {"munged", "slurmctld", "slurmd", "slurmstepd", "sleep"} - set(belonging(home)) == set()
+        wait_for(lambda: tests.poll() is not None or EVERY_PROCESS <= set(belonging(home)))  # at once: between two sleeps there is none
+        assert tests.poll() is None
     finally: tests.communicate(b"go on\n", 60)
     assert tests.returncode != 0
     deadline = time.monotonic() + (30 if tests.returncode == -9 else 0)
