@@ -17,7 +17,7 @@ from tformer_lab.runs.store import Run, read_state
 from tformer_lab.tasks.recall import Recall
 from tformer_lab.tasks.task import Optimum
 from tformer_lab.training import evolution
-from tformer_lab.training.evolution import Candidates, EvolutionStrategy, GeneticAlgorithm, fastest
+from tformer_lab.training.evolution import Candidates, Evolution, EvolutionStrategy, GeneticAlgorithm, fastest
 from tformer_lab.training.fit import fit, resumed
 from tformer_lab.training.parameters import ParameterError, Trainer, trainer_for
 
@@ -28,8 +28,9 @@ KINDS = {"es": {"optimizer": "es", "candidates": 16}, "ga": {"optimizer": "ga", 
 
 @dataclass(config=ConfigDict(extra="forbid"), frozen=True, kw_only=True)
 class Halves:
-    """Regression on half the identity with noise of variance 0.04; dropout of the inputs where asked for."""
+    """Regression on half the identity with noise of variance 0.04; where asked for the model has dropout, or the loss leaves a share of the inputs out at random."""
     dropout: float = 0.
+    left_out: float = 0.
     name: ClassVar[str] = "halves"
     defaults: ClassVar[dict] = {"steps": 60, "batch_size": 32, "optimizer": "adam", "lr": .05, "checkpoints": 6}
 
@@ -37,7 +38,7 @@ class Halves:
     def batch(self, n, rng):
         x, noise = rng.standard_normal((2, n, 5), dtype=np.float32)
         return torch.from_numpy(x), torch.from_numpy(x * np.float32([.5, .5, .5, .5, 0]) + np.float32(.2) * noise)
-    def loss(self, model, batch): return nn.functional.mse_loss(model(batch[0]), batch[1])
+    def loss(self, model, batch): return nn.functional.mse_loss(model(nn.functional.dropout(batch[0], self.left_out)), batch[1])
     def evaluate(self, model): return {"bias": model[2].bias.norm()}
     def optimum(self): return [Optimum("train/loss", .04)]
 
@@ -51,7 +52,7 @@ class Translate:
 
 
 def train(runs, kind="es", task=None, **trainer):
-    return fit(task or Halves(dropout=.1), runs_dir=runs, progress=False, **{**KINDS[kind], "candidates_at_once": 16, **trainer})
+    return fit(task or Halves(left_out=.1), runs_dir=runs, progress=False, **{**KINDS[kind], "candidates_at_once": 16, **trainer})
 
 
 def test_step_of_the_strategy_equals_its_closed_form():
@@ -125,9 +126,9 @@ def test_recall_is_learnt(kind, tmp_path):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_recorded_weights_are_those_whose_loss_is_recorded(kind, tmp_path):
-    task = Halves()
+    task = Halves(dropout=.3)  # which is off: of no seed would the loss be the same again
     run = train(tmp_path, kind, task, samples=32, steps=8, population_size=8, checkpoints=8)  # every batch holds all of the data
-    model, data = task.model(), task.batch(32, np.random.default_rng([0, 1]))
+    model, data = task.model().eval(), task.batch(32, np.random.default_rng([0, 1]))
     for step in run.checkpoints:
         model.load_state_dict(run.checkpoints[step])
         assert run.metrics["train/loss"][step] == pytest.approx(task.loss(model, data).item(), rel=1e-5)
@@ -196,7 +197,7 @@ def test_state_of_another_population_is_refused():
     with pytest.raises(ValueError, match="population"): small.load_state_dict(large.state_dict())
 
 
-@pytest.mark.parametrize("task", [Halves(), Halves(dropout=.5), Translate()], ids=["linear", "dropout", "transformer"])
+@pytest.mark.parametrize("task", [Halves(), Halves(dropout=.5), Halves(left_out=.5), Translate()], ids=["linear", "dropout", "random loss", "transformer"])
 def test_vectorized_losses_equal_those_of_the_loop(task):
     torch.manual_seed(0)
     model, batch = task.model(), task.batch(6, np.random.default_rng(0))
@@ -218,6 +219,20 @@ def test_candidates_of_a_generation_have_the_same_dropout(at_once):
     candidates = Candidates(task, model)
     losses = [candidates.losses(candidates.read().repeat(6, 1), batch, at_once, seed) for seed in (1, 2)]
     assert all(torch.allclose(found, found[0], rtol=1e-5) for found in losses) and not torch.isclose(losses[0][0], losses[1][0], rtol=1e-4)
+
+
+@pytest.mark.parametrize("make", [lambda: nn.Transformer(8, 2, 1, 1, 16, dropout=.3, batch_first=True), lambda: nn.LSTM(8, 8, 2, dropout=.3), lambda: nn.Sequential(nn.Dropout1d(.3), nn.AlphaDropout(.3), nn.Linear(8, 8))],
+                         ids=["transformer", "lstm", "other layers"])
+def test_dropout_is_switched_off(make):
+    torch.manual_seed(0)
+    model, x = make(), torch.randn(6, 4, 8)
+    def values(): return {nn.Transformer: lambda: model(x, x), nn.LSTM: lambda: model(x)[0], nn.Sequential: lambda: model(x)}[type(model)]()
+    assert not torch.equal(values(), values())
+    Evolution(Translate(), model, Trainer(optimizer="es"))
+    found = values()
+    assert torch.equal(found, values())
+    model.eval()
+    torch.testing.assert_close(found, values())
 
 
 def test_judging_leaves_model_buffers_and_random_state_as_they_were():

@@ -86,7 +86,7 @@ class Forecast:
     n_layers:int = Field(4, ge=1) # Of the encoder, and of the decoder
     feedforward:int|None = Field(None, ge=1) # Width of a transformer's feed-forward layers; None: four times the model's
     activation:Literal["relu", "gelu"]|None = None # Of a transformer's feed-forward layers; None: relu
-    dropout:float = Field(.1, ge=0, lt=1)
+    dropout:float = Field(.1, ge=0, lt=1) # While a gradient trains; es and ga switch it off
     loss_name:LossName = Field("mse", alias="loss")
     learn_loss:bool|str = False # Train the parameters of cauchy or sgt with the model? Or the names of some: "sigma,q"
     huber_delta:float|None = None # Where huber becomes linear; None: 1

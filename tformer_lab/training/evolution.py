@@ -204,6 +204,13 @@ def fastest(
     return best
 
 # %% ../../nbs/training/evolution.ipynb #780b5893
+def _without_dropout(model):
+    "The model, its layers' dropout at zero"
+    for module in model.modules():
+        if isinstance(module, nn.modules.dropout._DropoutNd): module.p = 0.
+        elif isinstance(module, nn.MultiheadAttention | nn.RNNBase): module.dropout = 0.
+    return model
+
 ALGORITHMS:dict[str, type] = {"es": EvolutionStrategy, "ga": GeneticAlgorithm}
 
 class Evolution:
@@ -212,11 +219,11 @@ class Evolution:
 
     def __init__(self,
         task:Task,
-        model:nn.Module,
+        model:nn.Module, # Its dropout is switched off
         trainer:Trainer, # With optimizer "es" or "ga"
     ):
         check_evotorch(trainer.optimizer)
-        self.trainer, self.candidates, self.at_once = trainer, Candidates(task, model), trainer.candidates_at_once
+        self.trainer, self.candidates, self.at_once = trainer, Candidates(task, _without_dropout(model)), trainer.candidates_at_once
         self.algorithm = ALGORITHMS[trainer.optimizer](self.candidates.read(), trainer)
 
     def settle(self,
