@@ -129,10 +129,6 @@ def _checked_seed(seed, what="seed"):
 # %% ../../nbs/data/graphical.ipynb #e5fd1a2d
 _MOST_PARTS, _LARGEST_GUIDE = 2**12, 2**22
 
-def _rows(table): return table[..., 0].numel()
-
-def _sums(table): return table.reshape(-1, table.shape[-1]).cumsum(-1)[:, :-1]
-
 def _guide_rows(sums, parts, first):
     "The new states [rows, parts] of some rows, of which the first is this, from their part of the line; -1 where a part holds several"
     starts, states = np.arange(len(sums))[:, None] * parts, sums.shape[1] + 1
@@ -140,6 +136,11 @@ def _guide_rows(sums, parts, first):
     new = np.tile(np.arange(states, dtype=np.min_scalar_type(-states)), len(sums)).repeat(np.diff(ends, prepend=starts, append=starts + parts).ravel())
     new[ends[ends > starts] - 1] = -1
     return new.reshape(-1, parts)
+
+# %% ../../nbs/data/graphical.ipynb #9d804b57
+def _rows(table): return table[..., 0].numel()
+
+def _sums(table): return table.reshape(-1, table.shape[-1]).cumsum(-1)[:, :-1]
 
 @dataclass(frozen=True, eq=False)
 class Kernels:
