@@ -232,6 +232,66 @@ def test_hidden_states_are_drawn_with_their_tokens():
     assert expected.sum() > 59_000 and stats.chisquare(np.append(counts, 60_000 - counts.sum()), np.append(expected, 60_000 - expected.sum())).pvalue > 1e-4
 
 
+def uniform_numbers(kernels, n, length, rng):
+    """Those of each step, [nodes, n], as the generator draws them."""
+    draw_context(kernels.graph, n, rng)
+    largest = 1 - 2**-52 * max(table[..., 0].numel() for table in kernels.tables.values())
+    return [np.minimum(rng.random((len(kernels.graph), n)), largest) for _ in range(length - 1)]
+
+
+def searched(kernels, n, length, rng):
+    """The states of all nodes, [length, n], step by step: a binary search for each, in the line of its kernel's sums."""
+    graph = kernels.graph
+    found = {name: [np.zeros(n, dtype=int)] for name in graph.order}
+    for uniform in uniform_numbers(kernels, n, length, rng):
+        for name, u in zip(graph.order, uniform):
+            inputs = [found[other][-1] for other in graph.inputs(name)]
+            row = np.ravel_multi_index(inputs, kernels.tables[name].shape[:-1]) if inputs else np.zeros(n, dtype=int)
+            found[name].append(kernels.line(name).searchsorted(u + row, "right") - row * (graph[name].states - 1))
+    return {name: np.stack(states) for name, states in found.items()}
+
+
+WIDE = {
+    "a chain of 64 states": read_graph(EXAMPLES / "chain.yaml").nodes,
+    "rows of three inputs": [node("A", 3), node("B", 5, "A"), node("C", 7, "BA", kernel="fullrank"), seen("CA", 4, kernel="fullrank")],
+    "states of two bytes": [node("A", 200, concentration=.01), node("B", 140, "A"), seen("B", 300)],
+    "states of four bytes": [seen("", 40_000, concentration=.01)],
+}
+
+
+@pytest.mark.parametrize("most_parts, largest", [(2**12, 2**22), (2, 2**22), (2**12, 0)], ids=["as it is", "two parts a row", "no guide"])
+@pytest.mark.parametrize("nodes", [*GRAPHS.values(), *WIDE.values()], ids=[*GRAPHS, *WIDE])
+def test_guided_draws_are_those_of_the_search_bit_for_bit(nodes, most_parts, largest, monkeypatch):
+    monkeypatch.setattr(graphical, "_MOST_PARTS", most_parts)
+    monkeypatch.setattr(graphical, "_LARGEST_GUIDE", largest)
+    kernels = draw_kernels(make_graph(nodes), 2)
+    for n, length in ((1, 30), (64, 64), (3000, 60)):  # the last in several blocks
+        ours, theirs = np.random.default_rng(n), np.random.default_rng(n)
+        states = generate_states(kernels, n, length, ours)
+        for name, expected in searched(kernels, n, length, theirs).items(): np.testing.assert_array_equal(states[name].T, expected)
+        assert ours.bit_generator.state == theirs.bit_generator.state
+    assert any((kernels.guide(name)[0] < 0).any() for name in kernels.tables)  # else nothing was left to the search
+
+
+@pytest.mark.parametrize("nodes", [*WIDE.values(), [node("A", 64), node("B", 64, concentration=.01), seen("AB", 512)]], ids=[*WIDE, "in pieces"])
+def test_a_guide_says_how_many_sums_lie_below_a_part_that_holds_none(nodes):
+    kernels = draw_kernels(make_graph(nodes))
+    for name, table in kernels.tables.items():
+        (guide, parts), *inputs, states = kernels.guide(name), *table.shape
+        rows, own = math.prod(inputs), 1 if kernels.graph[name].observed else states
+        below = kernels.line(name).searchsorted(np.arange(rows * parts + 1) / parts, "right")
+        expected = np.where(below[:-1] == below[1:], below[:-1] - np.arange(rows).repeat(parts) * (states - 1), -1)
+        np.testing.assert_array_equal(guide.reshape(-1, own).T.reshape(-1), expected)
+
+
+def test_other_devices_draw_the_same_by_comparing_with_each_sum():
+    kernels, n, length = draw_kernels(make_graph(GRAPHS["below the observed node"])), 50, 20
+    found = {name: torch.zeros(length, n, dtype=torch.long) for name in kernels.graph.order}
+    uniform = torch.from_numpy(np.stack(uniform_numbers(kernels, n, length, np.random.default_rng(1))))
+    for i, name in enumerate(kernels.graph.order): graphical._step_by_step(kernels.graph, name, graphical._fixed_sampler(kernels, name, torch.device("cpu")))(uniform[:, i], found, 1)
+    for name, states in generate_states(kernels, n, length, np.random.default_rng(1)).items(): assert torch.equal(states.T, found[name])
+
+
 @pytest.mark.parametrize("alpha", [.1, .4, 1., 30.])
 def test_rows_are_from_the_dirichlet_law(alpha):
     rows = np.exp(log_dirichlet(alpha, (4000, 5), np.random.default_rng(1)))

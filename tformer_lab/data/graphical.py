@@ -25,9 +25,9 @@ from .graphs import Graph, GraphError
 from ..storage import FileError, whole_file, write_atomically
 
 # %% auto #0
-__all__ = ['CLIP', 'MAX_SEED', 'GUIDE', 'BLOCK', 'log_gamma', 'log_dirichlet', 'shape_rows', 'Factor', 'factor_inputs',
-           'draw_factors', 'kernel_table', 'Kernels', 'draw_kernels', 'draw_context', 'generate_states', 'generate',
-           'GraphStream', 'sequence_block', 'StoredSequences', 'stored_sequences']
+__all__ = ['CLIP', 'MAX_SEED', 'BLOCK', 'log_gamma', 'log_dirichlet', 'shape_rows', 'Factor', 'factor_inputs', 'draw_factors',
+           'kernel_table', 'Kernels', 'draw_kernels', 'draw_context', 'generate_states', 'generate', 'GraphStream',
+           'sequence_block', 'StoredSequences', 'stored_sequences']
 
 # %% ../../nbs/data/graphical.ipynb #7c524a01
 def log_gamma(
@@ -127,8 +127,17 @@ def _checked_seed(seed, what="seed"):
     return int(seed)
 
 # %% ../../nbs/data/graphical.ipynb #e5fd1a2d
-GUIDE, _LARGEST_GUIDE = 256, 2**22
+_MOST_PARTS, _LARGEST_GUIDE = 2**12, 2**22
 
+def _guide_rows(sums, parts, first):
+    "The new states [rows, parts] of some rows, of which the first is this, from their part of the line; -1 where a part holds several"
+    starts, states = np.arange(len(sums))[:, None] * parts, sums.shape[1] + 1
+    ends = np.ceil(sums * parts).astype(np.int64) - first * parts # Of the parts that the sums lie in
+    new = np.tile(np.arange(states, dtype=np.min_scalar_type(-states)), len(sums)).repeat(np.diff(ends, prepend=starts, append=starts + parts).ravel())
+    new[ends[ends > starts] - 1] = -1
+    return new.reshape(-1, parts)
+
+# %% ../../nbs/data/graphical.ipynb #9d804b57
 def _rows(table): return table[..., 0].numel()
 
 def _sums(table): return table.reshape(-1, table.shape[-1]).cumsum(-1)[:, :-1]
@@ -163,15 +172,17 @@ class Kernels:
         "The same of all rows, one after another, each number of a row added to its sums"
         return self.kept(("line", name), lambda: (sums := _sums(self.tables[name]).clamp(max=1)).add_(torch.arange(len(sums))[:, None]).flatten().numpy())
 
-    def guide(self, name:str) -> np.ndarray|None: # [rows * GUIDE] int16; None where it would be large
-        "The new state for each of as many equal parts of the numbers from a row to the next, -1 where a part holds several"
-        rows, last = _rows(self.tables[name]), self.graph[name].states - 1
-        if rows * GUIDE > _LARGEST_GUIDE or last >= 2**15: return None
+    def guide(self, name:str) -> tuple[np.ndarray, int]: # [rows of the parents' states * parts * own states], the last without the observed node's; and the parts
+        "The new state for each of so many equal parts of the numbers from a row to the next, -1 where a part holds several; a single -1 for a kernel of too many rows"
+        rows, states = _rows(self.tables[name]), self.graph[name].states
+        if rows > _LARGEST_GUIDE: return np.array([-1]), 1
+        parts = 1 << min(_MOST_PARTS, _LARGEST_GUIDE // rows).bit_length() - 1
 
         def make():
-            ends = self.line(name).searchsorted(np.arange(rows * GUIDE + 1) / GUIDE, "right")
-            return np.where(ends[:-1] == ends[1:], ends[:-1] - np.arange(rows).repeat(GUIDE) * last, -1).astype(np.int16)
-        return self.kept(("guide", name), make)
+            line, at_once = self.line(name).reshape(rows, -1), max(1, 2**20 // states)
+            new = np.concatenate([_guide_rows(line[first:first + at_once], parts, first) for first in range(0, rows, at_once)])
+            return new.ravel() if self.graph[name].observed else new.reshape(states, -1).T.flatten()
+        return self.kept(("guide", name), make), parts
 
 # %% ../../nbs/data/graphical.ipynb #67405c22
 def draw_kernels(
@@ -184,9 +195,9 @@ def draw_kernels(
     return Kernels(graph, int(seed), tables)
 
 # %% ../../nbs/data/graphical.ipynb #ab8a941f
-def _row_of(graph, name):
-    "A function from the present states of all nodes to the rows of a flat kernel; [n], or 0 where there is one"
-    first, *others = graph.inputs(name) or [None]
+def _row_of(graph, inputs):
+    "A function from the states of nodes to the row that they make of a flat kernel; 0 where there are none"
+    first, *others = inputs or [None]
     others = [(other, graph[other].states) for other in others]
 
     def row_of(states):
@@ -195,13 +206,13 @@ def _row_of(graph, name):
         return row
     return row_of
 
-_MANY = 512 # Sequences from which on a guide is worth its operations
-
 def _uniform(kernels, n, steps, rng):
-    "Uniform numbers [nodes, n] of each step, so far below 1 that one added to the number of a row stays below the next one"
+    "Uniform numbers in blocks [steps, nodes, n], so far below 1 that one added to the number of a row stays below the next one"
     nodes, largest = len(kernels.graph), 1 - 2**-52 * max(map(_rows, kernels.tables.values()), default=1)
-    at_once = max(1, 2**20 // (nodes * n))
-    for start in range(0, steps, at_once): yield from np.minimum(rng.random((min(at_once, steps - start), nodes, n)), largest)
+    at_once = max(1, 2**17 // (nodes * n))
+    for start in range(0, steps, at_once):
+        u = rng.random((min(at_once, steps - start), nodes, n))
+        yield np.minimum(u, largest, out=u)
 
 # %% ../../nbs/data/graphical.ipynb #93153336
 def draw_context(
@@ -214,8 +225,14 @@ def draw_context(
     return {node.name: draw_factors(graph, node.name, entropy, n) for node in graph if node.mode == "context"}
 
 # %% ../../nbs/data/graphical.ipynb #d4dd4f9e
+def _step_by_step(graph, name, draw):
+    "A function that fills in the states of a node from a step on, from one that draws a step's"
+    def fill(u, found, start):
+        for t, uniform in enumerate(u, start): found[name][t] = draw(uniform, {other: found[other][t - (other == name)] for other in graph.inputs(name)})
+    return fill
+
 def _context_sampler(factors, n, device):
-    "A function from uniform numbers [n] and the states of all nodes to new states [n]"
+    "A function from uniform numbers [n] and the states of all inputs to new states [n]"
     factors = [(inputs, torch.from_numpy(rows).to(device)) for inputs, rows in factors]
     sequences = torch.arange(n, device=device)
 
@@ -224,22 +241,40 @@ def _context_sampler(factors, n, device):
         return (torch.as_tensor(u)[:, None] >= total.softmax(-1).cumsum(-1)[:, :-1]).sum(-1)
     return draw
 
-def _fixed_sampler(kernels, name, n, device):
-    "The same from a kernel that all sequences share; on the CPU of arrays"
-    row_of, last = _row_of(kernels.graph, name), kernels.graph[name].states - 1
-    if device.type != "cpu":
-        sums = kernels.cumulative(name, device)
-        return lambda u, states: (u[:, None] >= sums[row_of(states)]).sum(-1)
-    line, guide = kernels.line(name), kernels.guide(name) if n >= _MANY else None
-    def search(u, row): return line.searchsorted(u + row, "right") - row * last
+def _fixed_sampler(kernels, name, device):
+    "The same from a kernel that all sequences share"
+    row_of, sums = _row_of(kernels.graph, kernels.graph.inputs(name)), kernels.cumulative(name, device)
+    return lambda u, states: (u[:, None] >= sums[row_of(states)]).sum(-1)
 
-    def look_up(u, states):
-        row = row_of(states)
-        new = guide[row * GUIDE + (u * GUIDE).astype(np.int32)]
-        several = np.flatnonzero(new < 0)
-        new[several] = search(u[several], row[several] if np.ndim(row) else row)
+# %% ../../nbs/data/graphical.ipynb #4479506d
+def _guided_sampler(kernels, name):
+    "A function that fills in the states of a node from a step on, by its guide"
+    graph, node, line = kernels.graph, kernels.graph[name], kernels.line(name)
+    guide, parts = kernels.guide(name)
+    row_of, rows = _row_of(graph, node.parents), math.prod(graph[other].states for other in node.parents)
+    own = 1 if node.observed else node.states
+
+    def look_up(places, u):
+        new = guide.take(places, mode="clip")
+        if new.item(new.argmin()) < 0:
+            several = np.nonzero(new < 0)
+            row = places[several] % own * rows + places[several] // (parts * own)
+            new[several] = line.searchsorted(u[several] + row, "right") - row * (node.states - 1)
         return new
-    return look_up if guide is not None else lambda u, states: search(u, row_of(states))
+
+    def fill(u, found, start):
+        states = found[name][start - 1:start + len(u)]
+        places = ((u * parts).astype(np.int64) + row_of({other: found[other][start:start + len(u)] for other in node.parents}) * parts) * own
+        if node.observed: states[1:] = look_up(places, u)
+        else:
+            for place, uniform, old, new in zip(places, u, states, states[1:]): new[:] = look_up(np.add(place, old, out=place), uniform)
+    return fill
+
+def _sampler(kernels, name, n, context, device):
+    "A function that fills in the states of a node from a step on"
+    own_kernels = kernels.graph[name].mode == "context"
+    if device.type == "cpu" and not own_kernels: return _guided_sampler(kernels, name)
+    return _step_by_step(kernels.graph, name, _context_sampler(context[name], n, device) if own_kernels else _fixed_sampler(kernels, name, device))
 
 # %% ../../nbs/data/graphical.ipynb #4cb5578b
 def generate_states(
@@ -255,14 +290,13 @@ def generate_states(
     graph, device = kernels.graph, torch.device(device)
     work = torch.device("cpu") if device.type == "mps" else device
     context = draw_context(graph, n, rng) if context is None else context
-    samplers = {name: _context_sampler(context[name], n, work) if graph[name].mode == "context" else _fixed_sampler(kernels, name, n, work) for name in graph.order}
-    arrays = work.type == "cpu"
+    samplers = [_sampler(kernels, name, n, context, work) for name in graph.order]
+    arrays, start = work.type == "cpu", 1
     found = {name: np.zeros((length, n), np.int64) if arrays else torch.zeros(length, n, dtype=torch.int64, device=work) for name in graph.order}
-    now = {name: states[0] for name, states in found.items()}
-    for t, uniform in enumerate(_uniform(kernels, n, length - 1, rng), 1):
-        for u, (name, draw) in zip(uniform if arrays else torch.from_numpy(uniform).to(work), samplers.items()):
-            found[name][t] = draw(u, now)
-            now[name] = found[name][t]
+    for uniform in _uniform(kernels, n, length - 1, rng):
+        if not arrays: uniform = torch.from_numpy(uniform).to(work)
+        for i, fill in enumerate(samplers): fill(uniform[:, i], found, start)
+        start += len(uniform)
     return {node.name: torch.as_tensor(found[node.name]).T.to(device) for node in graph}
 
 def generate(
