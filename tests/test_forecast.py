@@ -167,6 +167,9 @@ def test_references_are_losses_of_what_they_name():
     assert found["valid/loss", "the last value"] == pytest.approx((before - windows.targets).abs().mean().item(), rel=1e-5)
     assert found["valid/free_mse", "the last value"] == pytest.approx((windows.inputs[:, -1:] - windows.targets).square().mean().item(), rel=1e-5)
     assert found["valid/free_loss", "best linear predictor"] < found["valid/free_loss", "the last value"]
+    for metric in ("valid/loss", "valid/free_loss", "valid/free_mae"): assert found[metric, "a constant"] == pytest.approx(windows.targets.abs().mean().item(), rel=1e-5)
+    assert found["valid/free_mse", "a constant"] == pytest.approx(windows.targets.square().mean().item(), rel=1e-5)
+    assert {r.metric for r in small(loss="sgt", learn_loss=True).references()} == {"valid/free_mse", "valid/free_mae"}
 
 
 def test_where_nothing_is_known_there_is_no_optimum():
@@ -289,7 +292,7 @@ def test_an_epidemic_is_split_by_place_and_trained_on(table, tmp_path):
     whole = task.batch(len(task._sides[0].group), np.random.default_rng(1))
     assert len(whole.targets.flatten(1).unique(dim=0)) == len(task._sides[0].group)  # each once
     run = train(task, tmp_path / "runs", samples=16)
-    assert run.status == "done" and run.optimum == [] and {r["name"] for r in run.references} == {"the last value"}
+    assert run.status == "done" and run.optimum == [] and {r["name"] for r in run.references} == {"a constant", "the last value"}
     assert math.isfinite(run.metrics["valid/smape"].dropna().iloc[-1]) and "population/loss" not in run.metrics
     with pytest.raises(ParameterError, match="no population"): train(task, tmp_path / "others", samples=16, population_size=8)
     assert run.config["parameters"]["path"] == str(table)

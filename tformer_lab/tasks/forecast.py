@@ -198,13 +198,16 @@ class Forecast:
         return [o for o in found if not self.learn_loss or o.metric in ("valid/free_mse", "valid/free_mae")]
 
     def references(self) -> list[Reference]:
-        "What the last value and the best linear predictor reach on the validation windows"
+        "What a constant, the last value and the best linear predictor reach on the validation windows"
         windows = self.validation
-        free = {"the last value": windows.inputs[:, -1:].expand_as(windows.targets)}
+        constant, last = torch.zeros_like(windows.targets), windows.inputs[:, -1:].expand_as(windows.targets)
+        free = {"a constant": constant, "the last value": last}
         if self.data in PRESETS: free["best linear predictor"] = torch.from_numpy(linear_forecast(PRESETS[self.data], windows))
         losses = {"valid/free_mse": MSE(), "valid/free_mae": MAE(), **({} if self.learn_loss else {"valid/free_loss": self.criterion()})}
         found = [Reference(metric, _mean(loss, windows, forecast), name) for metric, loss in losses.items() for name, forecast in free.items()]
-        return found if self.learn_loss else [Reference("valid/loss", _mean(self.criterion(), windows, shift_right(windows.inputs, windows.targets)), "the last value"), *found]
+        if self.learn_loss: return found
+        forced = {"a constant": constant, "the last value": shift_right(windows.inputs, windows.targets)}
+        return [*(Reference("valid/loss", _mean(self.criterion(), windows, forecast), name) for name, forecast in forced.items()), *found]
 
     def figure(self,
         model:nn.Module,
