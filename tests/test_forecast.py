@@ -12,10 +12,10 @@ from tformer_lab.data.skewed_t import SkewedGeneralizedT
 from tformer_lab.data.series import PRESETS, make_windows, smoothing_matrix
 from tformer_lab.losses import MSE
 from tformer_lab.runs.store import Run, RunError
-from tformer_lab.tasks.forecast import LOSS_PARAMETERS, Forecast, loss_from, percentage_errors
+from tformer_lab.tasks.forecast import LOSS_PARAMETERS, Forecast, error_quantiles, loss_from, percentage_errors
 from tformer_lab.tasks.recall import Recall
 from tformer_lab.tasks.task import Task, task_class
-from tformer_lab.theory.forecasting import _condition, linear_forecast
+from tformer_lab.theory.forecasting import _condition, horizon_quantiles, linear_forecast
 from tformer_lab.training.fit import Loop, fit, resumed, trained
 from tformer_lab.training.parameters import ParameterError, build, parameter_values, resolve
 
@@ -130,6 +130,15 @@ class Linear(torch.nn.Module):
             weights, _ = _condition(self.S[:end], self.S[end:end + 1], 1e-7)  # float32 rounds what is seen
             found.append(torch.from_numpy(past[:, :end] @ weights[0]))
         return torch.stack(found, 1)[..., None].float()
+
+
+class Constant(torch.nn.Module):
+    """Forecasts 0."""
+    def __init__(self):
+        super().__init__()
+        self.nothing = torch.nn.Parameter(torch.zeros(()))
+
+    def forecast(self, inputs, horizon): return inputs.new_zeros(len(inputs), horizon, 1)
 
 
 @pytest.mark.parametrize("loss", [{"loss": "mse"}, {"loss": "sgt", "sgt_sigma": .3, "sgt_q": 20.}, {"loss": "cauchy", "cauchy_scale": .1}], ids=lambda loss: loss["loss"])
@@ -305,15 +314,64 @@ def test_a_bad_table_stops_before_a_run_is_made(tmp_path):
     assert not (tmp_path / "runs").exists()
 
 
-def test_the_figure_shows_forecasts_beside_what_came():
+def traces_of(figure, name): return [trace for trace in figure.data if trace.name == name]
+
+
+def test_the_figure_shows_forecasts_beside_what_came_and_how_far_off_others_are():
     task = small(scaling="input")
     model = task.model().eval()
-    figure, windows = task.figure(model, 2), task.validation.take(torch.arange(2))
-    assert [trace.name for trace in figure.data] == ["window", "what came", "forecast"] * 2
-    with torch.no_grad(): free = model.forecast(windows.inputs, 12) * windows.scale + windows.center
+    figure, windows, others = task.figure(model, 2), task.validation.take(torch.arange(2)), task.validation.take(torch.arange(2, 64))
+    assert {trace.name for trace in figure.data} == {"80% by its errors", "window", "what came", "forecast", "80% given the window"}
+    with torch.no_grad(): free, left = model.forecast(windows.inputs, 12).numpy(), (others.targets - model.forecast(others.inputs, 12)).numpy()
+    errors = np.sort(left[..., 0], axis=0)  # 62: the quantiles of 10 and 90 percent are between the 6th and the 7th, and so from above
+    low, high = .7 * errors[5] + .3 * errors[6], .3 * errors[-7] + .7 * errors[-6]
+    known = horizon_quantiles(PRESETS["normal_short"], windows)
     for i in range(2):
-        np.testing.assert_allclose(figure.data[3 * i + 2].y, free[i, :, 0], atol=2e-5)
-        np.testing.assert_allclose(figure.data[3 * i + 1].y, (windows.targets * windows.scale + windows.center)[i, :, 0], atol=2e-5)
+        def unscaled(values): return values * windows.scale[i].item() + windows.center[i].item()
+        np.testing.assert_allclose(traces_of(figure, "forecast")[i].y, unscaled(free[i, :, 0]), atol=2e-5)
+        np.testing.assert_allclose(traces_of(figure, "what came")[i].y, unscaled(windows.targets[i, :, 0]), atol=2e-5)
+        np.testing.assert_allclose(traces_of(figure, "80% by its errors")[i].y, unscaled(np.r_[free[i, :, 0] + low, (free[i, :, 0] + high)[::-1]]), atol=5e-5)
+        for line, end in zip(traces_of(figure, "80% given the window")[2 * i:2 * i + 2], known): np.testing.assert_allclose(line.y, unscaled(end[i, :, 0]), atol=2e-5)
+
+
+def test_only_bands_that_are_known_are_drawn():
+    heavy, few = (task.figure(task.model().eval()) for task in (small(data="heavy_tailed_short"), small(validation_size=11)))
+    assert traces_of(heavy, "80% by its errors") and not traces_of(heavy, "80% given the window")
+    assert traces_of(few, "80% given the window") and not traces_of(few, "80% by its errors")  # of 8 errors
+    assert len(traces_of((task := small(validation_size=12)).figure(task.model().eval()), "80% by its errors")) == 3
+
+
+@pytest.mark.parametrize("scaling", ["none", "input"])
+@pytest.mark.parametrize("data", ["normal_short", "normal"])
+def test_eight_of_ten_futures_lie_within_what_is_known_of_them_at_every_step(data, scaling):
+    windows = small(data=data, scaling=scaling, input_length=100, validation_size=3000).validation
+    low, high = horizon_quantiles(PRESETS[data], windows)
+    target = windows.targets.numpy()
+    inside = ((low < target) & (target < high)).mean((0, 2))
+    assert abs(inside.mean() - .8) < .015 and np.abs(inside - .8).max() < .03
+    wide = np.subtract(*horizon_quantiles(PRESETS[data], windows, (.975, .025)))
+    np.testing.assert_allclose(wide / (high - low), 1.959964 / 1.281552, rtol=1e-5)
+
+
+@pytest.mark.parametrize("data, forecaster", [("normal_short", "linear"), ("heavy_tailed_short", "linear"), ("normal_short", "untrained")])
+def test_eight_of_ten_errors_lie_within_the_quantiles_of_others(data, forecaster):
+    task = small(data=data, validation_size=4000)
+    model, windows = (Linear(task) if forecaster == "linear" else task.model()).eval(), task.validation
+    low, high = error_quantiles(model, windows.take(torch.arange(2000)))
+    rest = windows.take(torch.arange(2000, 4000))
+    with torch.no_grad(): left = (rest.targets - model.forecast(rest.inputs, 12)).numpy()
+    assert np.abs(((low < left) & (left < high)).mean((0, 2)) - .8).max() < .045
+    with pytest.raises(ValueError, match="8 windows: a quantile of 0.1 or 0.9 needs 9"): error_quantiles(model, windows.take(torch.arange(8)))
+
+
+def test_nine_errors_hold_a_tenth_in_eight_of_ten_draws():
+    """Of few errors the rank matters: quantiles of another kind would lie inside."""
+    windows = small(validation_size=10 * 400).validation
+    model, inside = Constant(), []
+    for part in torch.arange(4000).split(10):
+        low, high = error_quantiles(model, windows.take(part[:9]))
+        inside.append((low < windows.targets[part[9]].numpy()) & (windows.targets[part[9]].numpy() < high))
+    assert abs(np.mean(inside) - .8) < .03
 
 
 def test_float64_and_bfloat16_train(tmp_path):

@@ -5,6 +5,8 @@
 # %% ../../nbs/tasks/forecast.ipynb #6499e246
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING, ClassVar, Literal
 
@@ -19,13 +21,13 @@ from ..data.series import PRESETS, Windows, make_windows, split_windows
 from ..losses import MAE, MSE, Loss, make_loss
 from ..models.seq2seq import LSTMForecaster, TransformerForecaster, check_seq2seq, shift_right
 from .task import Optimum, Reference
-from ..theory.forecasting import forecast_optimum, linear_forecast
+from ..theory.forecasting import forecast_optimum, horizon_quantiles, linear_forecast
 
 if TYPE_CHECKING: import plotly.graph_objects as go
 
 # %% auto #0
-__all__ = ['LossName', 'LOSS_PARAMETERS', 'VALIDATION_STREAM', 'loss_from', 'percentage_errors', 'Forecast', 'check_data',
-           'forecast_figure']
+__all__ = ['LossName', 'LOSS_PARAMETERS', 'BAND', 'ENOUGH', 'VALIDATION_STREAM', 'loss_from', 'percentage_errors',
+           'free_forecasts', 'error_quantiles', 'Forecast', 'check_data', 'forecast_figure']
 
 # %% ../../nbs/tasks/forecast.ipynb #eb2454dc
 LossName = Literal["mse", "mae", "huber", "quantile", "cauchy", "sgt", "unnormalized_cauchy", "unnormalized_sgt"]
@@ -66,6 +68,28 @@ def _optima(data, input_length, horizon, name, parameters):
     cases = [("train/loss", loss, True), ("valid/loss", loss, True), ("valid/free_loss", loss, False), ("valid/free_mse", MSE(), False), ("valid/free_mae", MAE(), False)]
     found = [forecast_optimum(loss, process, input_length, horizon, metric=metric, teacher_forced=forced) for metric, loss, forced in cases]
     return tuple(o for o in found if o is not None)
+
+# %% ../../nbs/tasks/forecast.ipynb #ef1b9385
+BAND = (.1, .9)  # shares below the ends of a band
+ENOUGH = round(1 / BAND[0]) - 1  # windows that have such quantiles
+
+@torch.no_grad()
+def free_forecasts(
+    model:nn.Module, # For evaluation
+    windows:Windows,
+) -> Tensor: # [n, horizon, features] where the model is
+    "Free-running forecasts of many windows, scaled like the targets"
+    return torch.cat([model.forecast(x, windows.targets.shape[1]) for x in windows.inputs.to(next(model.parameters())).split(128)])
+
+def error_quantiles(
+    model:nn.Module, # For evaluation
+    windows:Windows, # 9 or more for the usual shares
+    shares:Sequence[float]=BAND, # In (0, 1)
+) -> np.ndarray: # [shares, horizon, features], scaled like the targets; raises ValueError
+    "Quantiles of what came less what was forecast, over windows"
+    n, least = len(windows.group), min(min(share, 1 - share) for share in shares)
+    if least * (n + 1) < 1 - 1e-9: raise ValueError(f"there are {n} windows: a quantile of {least:g} or {1 - least:g} needs {math.ceil(1 / least - 1 - 1e-9)}")
+    return np.quantile((windows.targets - free_forecasts(model, windows).cpu()).double().numpy(), shares, axis=0, method="weibull")
 
 # %% ../../nbs/tasks/forecast.ipynb #73a77fd3
 VALIDATION_STREAM = 0xF0CA57EDF0CA57ED  # no seed of a training draws the same numbers
@@ -185,8 +209,7 @@ class Forecast:
         "Losses and errors on the validation windows"
         there, windows = next(model.parameters()), self.validation
         inputs, targets = (part.to(there) for part in (windows.inputs, windows.targets))
-        parts = list(zip(inputs.split(128), targets.split(128)))
-        forced, free = torch.cat([model(*part) for part in parts]), torch.cat([model.forecast(x, self.horizon) for x, _ in parts])
+        forced, free = torch.cat([model(*part) for part in zip(inputs.split(128), targets.split(128))]), free_forecasts(model, windows)
         found = {"valid/loss": model.criterion(forced, targets), "valid/free_loss": model.criterion(free, targets), "valid/free_mse": MSE()(free, targets), "valid/free_mae": MAE()(free, targets)}
         percent = percentage_errors(*(windows.unscale(values.cpu()) for values in (free, targets)))
         return {**{name: value.item() for name, value in found.items()}, **{f"valid/{name}": value for name, value in percent.items()}}
@@ -210,11 +233,13 @@ class Forecast:
         return [*(Reference("valid/loss", _mean(self.criterion(), windows, forecast), name) for name, forecast in forced.items()), *found]
 
     def figure(self,
-        model:nn.Module,
+        model:nn.Module, # For evaluation
         count:int=3, # Windows
     ) -> go.Figure:
-        "Free-running forecasts of validation windows, beside what came"
-        return forecast_figure(model, self.validation.take(torch.arange(min(count, len(self.validation.group)))))
+        "Free-running forecasts of validation windows, beside what came and how far off the others are"
+        order = torch.arange(len(self.validation.group))
+        shown, others = (self.validation.take(part) for part in (order[:count], order[count:]))
+        return forecast_figure(model, shown, others if len(others.group) >= ENOUGH else None, horizon_quantiles(PRESETS[self.data], shown, BAND) if self.data.startswith("normal") else None)
 
 @torch.no_grad()
 def _mean(loss, windows, forecast): return loss(forecast.double(), windows.targets.double()).item()
@@ -237,15 +262,21 @@ def check_data(
 def forecast_figure(
     model:nn.Module, # For evaluation
     windows:Windows, # A few
+    others:Windows|None=None, # For the quantiles of its errors; None: those are not drawn
+    known:np.ndarray|None=None, # [2, n, horizon, features] quantiles of the horizon given the windows, scaled like the targets
 ) -> go.Figure:
     "What a model forecasts, in the data's units"
     from plotly.subplots import make_subplots
     from tformer_lab.dashboards.figures import COLORS, style
-    there, horizon, length = next(model.parameters()), windows.targets.shape[1], windows.inputs.shape[1]
-    free = windows.unscale(model.forecast(windows.inputs.to(there), horizon).cpu().float())
-    past, future, shown = windows.unscale(windows.inputs), windows.unscale(windows.targets), min(length, 2 * horizon)
+    free, horizon = free_forecasts(model, windows).cpu().double(), windows.targets.shape[1]
+    def drawn(values): return windows.unscale(torch.as_tensor(values, dtype=torch.float64))[..., 0].numpy().round(5)
+    past, future, middle = map(drawn, (windows.inputs, windows.targets, free))
+    around = () if others is None else [drawn(free + end) for end in torch.from_numpy(error_quantiles(model, others))]
+    limits = () if known is None else [drawn(end) for end in known]
+    after, shown = np.arange(horizon), min(windows.inputs.shape[1], 2 * horizon)
     figure = make_subplots(1, len(past), horizontal_spacing=.07)
     for i in range(len(past)):
-        lines = (("window", np.arange(-shown, 0), past[i, -shown:], COLORS["first"], "solid"), ("what came", np.arange(horizon), future[i], COLORS["now"], "solid"), ("forecast", np.arange(horizon), free[i], COLORS["previous"], "dash"))
-        for name, x, y, color, dash in lines: figure.add_scatter(x=x, y=y[:, 0].double().numpy().round(5), mode="lines", name=name, showlegend=not i, line={"color": color, "dash": dash}, row=1, col=i + 1)
+        if around: figure.add_scatter(x=np.r_[after, after[::-1]], y=np.r_[around[0][i], around[1][i][::-1]], fill="toself", mode="none", fillcolor="rgba(230,159,0,.25)", name="80% by its errors", hoverinfo="skip", showlegend=not i, row=1, col=i + 1)
+        lines = [("window", np.arange(-shown, 0), past[i, -shown:], "first", "solid"), ("what came", after, future[i], "now", "solid"), ("forecast", after, middle[i], "previous", "dash"), *(("80% given the window", after, end[i], "optimum", "dot") for end in limits)]
+        for k, (name, x, y, color, dash) in enumerate(lines): figure.add_scatter(x=x, y=y, mode="lines", name=name, legendgroup=name, showlegend=not i and k < 4, line={"color": COLORS[color], "dash": dash}, row=1, col=i + 1)
     return style(figure, height=300).update_xaxes(title="step after the window").update_layout(margin_t=48)
