@@ -12,7 +12,7 @@ from tformer_lab.data.skewed_t import SkewedGeneralizedT
 from tformer_lab.data.series import PRESETS, make_windows, smoothing_matrix
 from tformer_lab.losses import MSE
 from tformer_lab.runs.store import Run, RunError
-from tformer_lab.tasks.forecast import LOSS_PARAMETERS, Forecast, error_quantiles, loss_from, percentage_errors
+from tformer_lab.tasks.forecast import LOSS_PARAMETERS, VALIDATION_STREAM, Forecast, error_quantiles, loss_from, percentage_errors
 from tformer_lab.tasks.recall import Recall
 from tformer_lab.tasks.task import Task, task_class
 from tformer_lab.theory.forecasting import _condition, horizon_quantiles, linear_forecast
@@ -109,6 +109,29 @@ def test_all_models_are_evaluated_on_the_same_windows_and_no_training_sees_them(
     one, other = small(), small(loss="mae", model="lstm")
     assert torch.equal(one.validation.targets, other.validation.targets) and len(one.validation.targets) == 64
     for seed in range(3): assert not torch.isin(one.batch(50, np.random.default_rng([seed, 0])).targets, one.validation.targets).any()
+
+
+MEASURES = {"free_loss", "free_mse", "free_mae", "mape", "smape"}
+
+
+def test_a_finite_training_set_is_evaluated_like_the_validation_windows(tmp_path):
+    task = small(loss="mae", dropout=.3, validation_size=24)
+    run = train(task, tmp_path, samples=40, batch_size=40, steps=6)
+    chosen = torch.from_numpy(np.random.default_rng(VALIDATION_STREAM).permutation(40)[:24])
+    model, windows, last = trained(run), task.batch(40, np.random.default_rng([0, 1])).take(chosen), run.metrics.iloc[-1]
+    assert {f"{side}/{name}" for side in ("train", "valid") for name in MEASURES} | {"train/loss", "train/forced_loss", "valid/loss"} == set(run.metrics.columns) - {"step"}
+    with torch.no_grad(): forced, free = model(*windows[:2]), model.forecast(windows.inputs, 12)
+    expected = {"forced_loss": (forced - windows.targets).abs().mean(), "free_loss": (free - windows.targets).abs().mean(), "free_mae": (free - windows.targets).abs().mean(), "free_mse": (free - windows.targets).square().mean()}
+    expected = {name: value.item() for name, value in expected.items()} | percentage_errors(free, windows.targets)
+    for name, value in expected.items(): assert last[f"train/{name}"] == pytest.approx(value, rel=1e-5), name
+    for name in MEASURES: assert last[f"train/{name}"] != pytest.approx(last[f"valid/{name}"], rel=1e-3)
+    assert task.evaluate_training(model, None) == {} and not [name for name in train(task, tmp_path, steps=2).metrics if name.startswith("train/") and name != "train/loss"]
+
+
+def test_what_is_learnt_by_heart_shows_between_training_and_validation(tmp_path):
+    last = train(small(dropout=0., d_model=16), tmp_path, samples=4, batch_size=4, steps=300, lr=3e-3, evaluations=2, keep_weights=False).metrics.iloc[-1]
+    assert last["train/forced_loss"] == pytest.approx(last["train/loss"], rel=1e-4)  # of all four
+    for name in ("free_mse", "free_mae", "smape"): assert last[f"train/{name}"] < .7 * last[f"valid/{name}"]
 
 
 # What no forecast can beat
@@ -305,6 +328,8 @@ def test_an_epidemic_is_split_by_place_and_trained_on(table, tmp_path):
     assert math.isfinite(run.metrics["valid/smape"].dropna().iloc[-1]) and "population/loss" not in run.metrics
     with pytest.raises(ParameterError, match="no population"): train(task, tmp_path / "others", samples=16, population_size=8)
     assert run.config["parameters"]["path"] == str(table)
+    found, own = (task.evaluate_training(task.model().eval(), data) for data in (None, task._sides[0]))
+    assert found.keys() == {f"train/{name}" for name in MEASURES | {"forced_loss"}} == own.keys() and "train/smape" in train(task, tmp_path / "drawn", steps=2).metrics
 
 
 def test_a_bad_table_stops_before_a_run_is_made(tmp_path):

@@ -203,16 +203,29 @@ class Forecast:
         "Mean loss of teacher-forced forecasts"
         return getattr(model, "module", model).criterion(model(batch.inputs, batch.targets), batch.targets)
 
+    def _measures(self, model, windows):
+        there = next(model.parameters())
+        inputs, targets = (part.to(there) for part in (windows.inputs, windows.targets))
+        forced, free = torch.cat([model(*part) for part in zip(inputs.split(128), targets.split(128))]), free_forecasts(model, windows)
+        found = {"loss": model.criterion(forced, targets), "free_loss": model.criterion(free, targets), "free_mse": MSE()(free, targets), "free_mae": MAE()(free, targets)}
+        return {**{name: value.item() for name, value in found.items()}, **percentage_errors(*(windows.unscale(values.cpu()) for values in (free, targets)))}
+
     def evaluate(self,
         model:nn.Module,
     ) -> dict[str, float]:
         "Losses and errors on the validation windows"
-        there, windows = next(model.parameters()), self.validation
-        inputs, targets = (part.to(there) for part in (windows.inputs, windows.targets))
-        forced, free = torch.cat([model(*part) for part in zip(inputs.split(128), targets.split(128))]), free_forecasts(model, windows)
-        found = {"valid/loss": model.criterion(forced, targets), "valid/free_loss": model.criterion(free, targets), "valid/free_mse": MSE()(free, targets), "valid/free_mae": MAE()(free, targets)}
-        percent = percentage_errors(*(windows.unscale(values.cpu()) for values in (free, targets)))
-        return {**{name: value.item() for name, value in found.items()}, **{f"valid/{name}": value for name, value in percent.items()}}
+        return {f"valid/{name}": value for name, value in self._measures(model, self.validation).items()}
+
+    def evaluate_training(self,
+        model:nn.Module,
+        data:Windows|None, # The finite training set; None: there is none but an epidemic's
+    ) -> dict[str, float]: # Empty where all series are fresh
+        "The same on windows for training, at most as many: always the same ones, drawn at random"
+        data = self._sides[0] if data is None else data
+        if data is None: return {}
+        chosen = np.random.default_rng(VALIDATION_STREAM).permutation(len(data.group))[:len(self.validation.group)]
+        found = self._measures(model, data.take(torch.from_numpy(chosen)))
+        return {f"train/{'forced_loss' if name == 'loss' else name}": value for name, value in found.items()}
 
     def optimum(self) -> list[Optimum]: # Bounds, of unscaled noise under a fixed loss
         "What no forecast can beat"
