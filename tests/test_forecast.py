@@ -17,9 +17,11 @@ from tformer_lab.tasks.recall import Recall
 from tformer_lab.tasks.task import Task, task_class
 from tformer_lab.theory.forecasting import _condition, horizon_quantiles, linear_forecast
 from tformer_lab.training.fit import Loop, fit, resumed, trained
+from tformer_lab.training.launch import main
 from tformer_lab.training.parameters import ParameterError, build, parameter_values, resolve
 
 pytestmark = pytest.mark.timeout(300)  # a deadlock has to end, too
+ROWS = ["jurisdiction,collection_date,average_inpatient_beds_occupied", *(f"AL,2021-01-{day:02},{day}" for day in range(1, 32))]
 SIZES = {"data": "normal_short", "input_length": 20, "horizon": 12, "d_model": 8, "n_layers": 1, "validation_size": 64}
 
 
@@ -337,6 +339,18 @@ def test_a_bad_table_stops_before_a_run_is_made(tmp_path):
     for path in ("bad.csv", "none.csv"):
         with pytest.raises(ValueError, match="has no column|there is no file"): train(Forecast(data="rvr_us", path=str(tmp_path / path), input_length=20, horizon=5), tmp_path / "runs")
     assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize("name, content, says", [
+    ("a.csv.xz", "place,collection_date", "cannot be read as a table"), ("a.csv", "\n".join(ROWS[:25]), "a window and its horizon are 25 steps, and there are AL (24)"),
+    ("a.csv", "\n".join(ROWS[:30]), "all windows are cut from one series"), ("a.csv", ROWS[0] + "\nAL,2021-01-01\n", "line 2: it has 2 fields, and the head has 3"),
+    ("a.csv", f"{ROWS[0]}\nAL,2021-01-01T00:00+01:00,3\nAL,2021-01-02T00:00+02:00,4\n", "more than one time zone")])
+def test_the_command_says_what_is_wrong_with_a_file_and_writes_nothing(name, content, says, tmp_path, capsys):
+    (tmp_path / name).write_text(content)
+    given = {"task": "forecast", "data": "rvr_us", "path": tmp_path / name, "input_length": 20, "horizon": 5, "runs_dir": tmp_path / "runs"}
+    assert main(["--quiet", *(part for pair in given.items() for part in ("-p", *map(str, pair)))]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith(f"tformer-train: {tmp_path / name}") and says in said and said.count("\n") == 1 and not (tmp_path / "runs").exists()
 
 
 def traces_of(figure, name): return [trace for trace in figure.data if trace.name == name]

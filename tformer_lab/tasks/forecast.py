@@ -20,6 +20,7 @@ from ..data.epidemic import SOURCES, epidemic_windows
 from ..data.series import PRESETS, Windows, make_windows, split_windows
 from ..losses import MAE, MSE, Loss, make_loss
 from ..models.seq2seq import LSTMForecaster, TransformerForecaster, check_seq2seq, shift_right
+from ..storage import FileError
 from .task import Optimum, Reference
 from ..theory.forecasting import forecast_optimum, horizon_quantiles, linear_forecast
 
@@ -179,8 +180,10 @@ class Forecast:
         "Windows for training, None where they are drawn, and for validation"
         rng = np.random.default_rng(VALIDATION_STREAM)
         if self.data in PRESETS: return None, self._draw(self.validation_size or 256, rng)
-        windows, _ = epidemic_windows(self.path or SOURCES[self.data].url, self.data, self.input_length, self.horizon)
-        return split_windows(windows, rng, self.validation_share or .2)
+        path = self.path or SOURCES[self.data].url
+        try: return split_windows(epidemic_windows(path, self.data, self.input_length, self.horizon)[0], rng, self.validation_share or .2)
+        except FileError: raise
+        except ValueError as error: raise FileError(f"{path}: {error}") from error
 
     @property
     def validation(self) -> Windows:
