@@ -3,11 +3,13 @@ import math
 
 import numpy as np
 import pandas as pd
+import plotly.data
 import pytest
 import torch
 
 from test_kill import recorded
 
+from tformer_lab.data.epidemic import SOURCES, epidemic_windows
 from tformer_lab.data.skewed_t import SkewedGeneralizedT
 from tformer_lab.data.series import PRESETS, make_windows, smoothing_matrix
 from tformer_lab.losses import MSE
@@ -332,6 +334,50 @@ def test_an_epidemic_is_split_by_place_and_trained_on(table, tmp_path):
     assert run.config["parameters"]["path"] == str(table)
     found, own = (task.evaluate_training(task.model().eval(), data) for data in (None, task._sides[0]))
     assert found.keys() == {f"train/{name}" for name in MEASURES | {"forced_loss"}} == own.keys() and "train/smape" in train(task, tmp_path / "drawn", steps=2).metrics
+
+
+@pytest.fixture
+def prices():
+    """Weekly prices of six shares in 2018 and 2019, as they come with plotly: measured, and not generated."""
+    return plotly.data.stocks(datetimes=True).set_index("date")
+
+
+@pytest.fixture
+def shares(prices, tmp_path):
+    """The same in a table with the columns of the hospitals."""
+    long = prices.rename_axis("collection_date").reset_index().melt("collection_date", var_name="jurisdiction", value_name="average_inpatient_beds_occupied")
+    long.sample(frac=1, random_state=0).to_csv(tmp_path / "shares.csv.gz", index=False)
+    return tmp_path / "shares.csv.gz"
+
+
+def test_measured_series_are_read_smoothed_and_cut_as_pandas_does_it(prices, shares):
+    windows, series = epidemic_windows(shares, "rvr_us", 36, 9)
+    smooth = prices.rolling(SOURCES["rvr_us"].smoothing, min_periods=1).mean()
+    assert series.names == tuple(sorted(prices)) and set(series.start) == {"2018-01-01"} and [len(values) for values in series.values] == [105] * 6
+    for name, values in zip(series.names, series.values): np.testing.assert_allclose(values, smooth[name])
+    assert windows.inputs.shape[1:] == (36, 1) and windows.targets.shape[1:] == (9, 1)
+    inputs, targets = (windows.unscale(part)[..., 0].numpy() for part in (windows.inputs, windows.targets))
+    for place, window, horizon in zip(windows.group, inputs, targets):
+        cuts = np.lib.stride_tricks.sliding_window_view(smooth[series.names[place]], 45)
+        whole = cuts[np.abs(cuts - np.r_[window, horizon]).max(1) < 1e-5]
+        assert len(whole) == 1  # one place in the series, and what came right after the window
+        scaled = (whole[0] - whole[0, :36].mean()) / whole[0, :36].std()
+        i = int(np.flatnonzero((inputs == window).all(1))[0])
+        np.testing.assert_allclose(np.r_[windows.inputs[i, :, 0], windows.targets[i, :, 0]], scaled, atol=1e-4)
+
+
+def test_a_forecaster_is_trained_on_measured_series_and_no_share_is_on_both_sides(prices, shares, tmp_path):
+    task = Forecast(data="rvr_us", path=str(shares), validation_share=.34, input_length=36, horizon=9, d_model=8, n_layers=1, n_heads=2, dropout=0)
+    training, validation = task._sides
+    assert len(validation.group.unique()) == 2 and len(training.group.unique()) == 4 and not set(training.group.tolist()) & set(validation.group.tolist())
+    run = train(task, tmp_path / "runs", steps=60)
+    loss = run.metrics["train/free_loss"].dropna()
+    assert run.status == "done" and loss.iloc[-1] < .8 * loss.iloc[0] and np.isfinite(run.metrics["valid/mape"].dropna()).all()
+    last = validation.unscale(validation.inputs[:, -1:].expand_as(validation.targets))
+    stays = percentage_errors(last, validation.unscale(validation.targets))["mape"]
+    assert 1 < stays < 15  # two months of a share: the prices have kept their unit
+    [free] = [r["value"] for r in run.references if (r["metric"], r["name"]) == ("valid/free_mse", "the last value")]
+    assert free == pytest.approx((validation.targets - validation.inputs[:, -1:]).square().mean().item(), rel=1e-5)
 
 
 def test_a_bad_table_stops_before_a_run_is_made(tmp_path):
