@@ -67,12 +67,19 @@ def test_the_task_is_known_by_name_and_its_loss_and_model_are_parameters():
 
 @pytest.mark.parametrize("wrong, said", [
     ({"sgt_q": 3.}, "the loss 'mse' has no such parameter; sgt and unnormalized_sgt would have"), ({"loss": "sgt", "cauchy_scale": 1.}, "cauchy would have"), ({"loss": "huber", "learn_loss": True}, "nothing to learn"),
-    ({"loss": "unnormalized_sgt", "learn_loss": True}, "nothing to learn"), ({"loss": "sgt", "sgt_q": .5}, "loss 'sgt':"), ({"loss": "cauhcy"}, "did you mean 'cauchy'"), ({"model": "lstm", "n_heads": 2}, "an lstm has no such parameter"),
+    ({"loss": "unnormalized_sgt", "learn_loss": True}, "nothing to learn"), ({"loss": "sgt", "sgt_q": .5}, "loss 'sgt': .* with sgt_standardized=False"), ({"loss": "sgt", "learn_loss": ""}, "cannot learn ''; it can learn sigma"), ({"learn_loss": ""}, "learn_loss is '': the loss 'mse' has nothing to learn"), ({"loss": "cauhcy"}, "did you mean 'cauchy'"), ({"model": "lstm", "n_heads": 2}, "an lstm has no such parameter"),
     ({"model": "rnn"}, "'transformer' or 'lstm'"), ({"d_model": 30}, "multiple of n_heads, 4"), ({"input_length": 20}, "is smoothed over 99 steps"), ({"path": "a.csv"}, "it is for an epidemic"), ({"validation_share": .5}, "it is for an epidemic"),
     ({"data": "rvr_us", "validation_size": 5}, "validation_share"), ({"data": "rvr_us", "scaling": "none"}, "scaled by their input"), ({"dropout": 1.}, "less than 1"), ({"horizon": 0}, "greater than or equal to 1"), ({"loss": True}, "it should be"),
     ({"loss_name": "mse"}, "nexpected")])
 def test_wrong_parameters_are_refused(wrong, said):
     with pytest.raises(ParameterError, match=said): build(Forecast, wrong)
+
+
+def test_a_dropout_that_is_asked_for_is_refused_where_it_would_be_switched_off():
+    for optimizer in ("es", "ga"):
+        with pytest.raises(ParameterError, match=f"dropout = 0.3: it is for optimizers that follow a gradient; {optimizer} switches it off"): resolve({"task": "forecast", "optimizer": optimizer, "dropout": .3})
+        assert [resolve({"task": "forecast", "optimizer": optimizer, **given})[0].dropout for given in ({}, {"dropout": 0}, {"dropout": None})] == [.1, 0, .1]
+    assert resolve({"task": "forecast", "dropout": .3})[0].dropout == .3
 
 
 @pytest.mark.parametrize("name", LOSS_PARAMETERS)

@@ -45,10 +45,10 @@ def loss_from(
     given = {key: value for key, value in parameters.items() if value is not None}
     for key, value in given.items():
         if name not in LOSS_PARAMETERS[key][0]: raise ValueError(f"{key} is {value}: the loss {name!r} has no such parameter; {' and '.join(LOSS_PARAMETERS[key][0])} would have")
-    if learn and name not in ("cauchy", "sgt"): raise ValueError(f"learn_loss is {learn}: the loss {name!r} has nothing to learn; cauchy and sgt have")
+    if learn is not False and name not in ("cauchy", "sgt"): raise ValueError(f"learn_loss is {learn!r}: the loss {name!r} has nothing to learn; cauchy and sgt have")
     learnt = [part.strip() for part in learn.split(",")] if isinstance(learn, str) else learn
-    try: return make_loss(name, **{LOSS_PARAMETERS[key][1]: value for key, value in given.items()}, **({"learn": learnt} if learn else {}))
-    except ValueError as error: raise ValueError(f"loss {name!r}: {error}") from None
+    try: return make_loss(name, **{LOSS_PARAMETERS[key][1]: value for key, value in given.items()}, **({} if learn is False else {"learn": learnt}))
+    except ValueError as error: raise ValueError(f"loss {name!r}: {str(error).replace('standardized=', 'sgt_standardized=')}") from None
 
 # %% ../../nbs/tasks/forecast.ipynb #76418ead
 def percentage_errors(
