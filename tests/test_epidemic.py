@@ -60,7 +60,8 @@ class Files(BaseHTTPRequestHandler):
         if server.etag: self.send_header("ETag", server.etag)
         if server.length: self.send_header("Content-Length", str(len(body) - start))
         self.end_headers()
-        self.wfile.write(body[start:start + server.cut])
+        try: self.wfile.write(body[start:start + server.cut])
+        except BrokenPipeError: pass  # who asked has given up
         self.close_connection = True
 
 
@@ -228,7 +229,7 @@ def test_what_is_no_archive_is_refused_in_one_line(tmp_path, ending):
 
 
 def test_quoted_fields_and_a_byte_order_mark_are_no_other_number_of_fields(tmp_path):
-    (tmp_path / "a.csv").write_bytes('\ufeff"country",date,"new_cases",note\r\n"Malta",2020-01-01,"1,000","a, b\r\nc"\r\n\r\n'.encode())
+    (tmp_path / "a.csv").write_bytes('\ufeff"note, if any",country,date,"new_cases"\r\n"a, b\r\nc","Malta",2020-01-01,"1,000"\r\n\r\n'.encode())
     assert read_table(tmp_path / "a.csv", COVID)["value"].tolist() == [1000]
 
 
