@@ -14,12 +14,13 @@ from test_kill import assert_same
 from torch import nn
 
 from tformer_lab.runs.store import Run, read_state
+from tformer_lab.tasks.forecast import Forecast
 from tformer_lab.tasks.recall import Recall
 from tformer_lab.tasks.task import Optimum
 from tformer_lab.training import evolution
 from tformer_lab.training.evolution import Candidates, Evolution, EvolutionStrategy, GeneticAlgorithm, fastest
-from tformer_lab.training.fit import fit, resumed
-from tformer_lab.training.parameters import ParameterError, Trainer, trainer_for
+from tformer_lab.training.fit import fit, resumed, trained
+from tformer_lab.training.parameters import ParameterError, Trainer, build, trainer_for
 
 pytest.importorskip("evotorch")
 pytestmark = pytest.mark.timeout(300)
@@ -184,6 +185,27 @@ def test_killed_run_resumes_bit_for_bit(kind, processes, tmp_path):
     run = Run(path)
     assert run.status == "interrupted" and 2 <= read_state(path)["step"] < 12
     assert_same(fit(*resumed(run, Halves), resume=run, progress=False), unbroken)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("loss, at_once", [({"loss": "sgt", "learn_loss": True}, 1), ({"loss": "sgt", "learn_loss": "sigma,q", "model": "lstm"}, 1), ({"loss": "cauchy", "learn_loss": True}, 6)], ids=["sgt", "lstm", "cauchy"])
+def test_parameters_of_a_loss_evolve_with_the_model_and_go_on_bit_for_bit(kind, loss, at_once, tmp_path):
+    """They are weights without a dimension."""
+    task = build(Forecast, {"data": "normal_short", "input_length": 20, "horizon": 6, "d_model": 8, "n_layers": 1, "validation_size": 8, **loss})
+    how = {"steps": 6, "batch_size": 4, "candidates": 6, "candidates_at_once": at_once, "checkpoints": 2, "evaluations": 2}
+    unbroken, run = train(tmp_path / "unbroken", kind, task, **how), train(tmp_path / "stopped", kind, task, **how, time_limit=1e-9)
+    assert run.status == "stopped"
+    run = fit(*resumed(run, time_limit=None), resume=run, progress=False)
+    assert_same(run, unbroken)
+    before, after = task.criterion().state_dict(), trained(run).criterion.state_dict()
+    assert before and all(after[name].shape == () and after[name] != value for name, value in before.items())
+
+
+def test_vectorized_losses_with_learnt_parameters_equal_those_of_the_loop():
+    task = build(Forecast, {"data": "normal_short", "input_length": 20, "horizon": 6, "d_model": 8, "n_layers": 1, "dropout": 0., "loss": "sgt", "learn_loss": True})
+    candidates, batch = Candidates(task, task.model()), task.batch(4, np.random.default_rng(0))
+    values = candidates.read() + .1 * torch.randn(4, len(candidates.read()), generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(candidates.losses(values, batch, 4), candidates.losses(values, batch), rtol=1e-5, atol=1e-6)
 
 
 def test_state_holds_tensors_and_plain_values_only(tmp_path):

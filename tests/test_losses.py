@@ -1,6 +1,7 @@
 """Losses: against the laws they come from, against finite differences, far out, in float32, and learnt."""
 import math
 
+import mpmath
 import numpy as np
 import pytest
 import torch
@@ -8,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tformer_lab.data.skewed_t import SkewedGeneralizedT
-from tformer_lab.losses import LOSSES, MAE, MSE, SGT, Cauchy, Huber, Quantile, UnnormalizedCauchy, UnnormalizedSGT, log1p_power, make_loss
+from tformer_lab.losses import LOSSES, MAE, MSE, SGT, Cauchy, Huber, Quantile, UnnormalizedCauchy, UnnormalizedSGT, _log_gamma_ratio, log1p_power, make_loss
 
 BUILT = {"mse": MSE(), "mae": MAE(), "huber": Huber(.7), "quantile": Quantile(.9), "quantile low": Quantile(1e-3), "cauchy": Cauchy(.3), "cauchy tiny": Cauchy(1e-4), "cauchy learnt": Cauchy(2., learn=True),
          "sgt heavy": SGT(15., q=1.001), "sgt normal": SGT(.707, q=100.), "sgt q=5": SGT(.707, q=5.), "sgt skew": SGT(2., -.6, 1.5, 3.), "sgt cusp": SGT(1., .3, .6, 5.), "sgt raw": SGT(1., .3, 1., .2, standardized=False),
@@ -32,6 +33,32 @@ def test_sgt_is_the_negative_log_density_of_its_law(parameters, learn):
     expected = -SkewedGeneralizedT(**given).logpdf(x)
     np.testing.assert_allclose(loss.pointwise(torch.from_numpy(x)).detach(), expected, rtol=1e-5 if learn else 1e-9, atol=1e-4 if learn else 1e-9)  # what is learnt is stored in float32
     assert loss.law.entropy() == pytest.approx(SkewedGeneralizedT(**given).entropy(), abs=1e-4)
+
+
+@pytest.mark.parametrize("a", [-20., -1., -.01, .3, 1., 20.])
+def test_ratios_of_gamma_functions_and_their_slopes_are_right_for_any_q(a):
+    for q in (q for q in (.05, .3, 2., 10., 24.9, 25., 26., 100., 1e4, 1e8, 1e12, 1e16, 1e100) if q + a > 0):
+        log_q, shift = torch.tensor(math.log(q), dtype=torch.float64, requires_grad=True), torch.tensor(a, dtype=torch.float64, requires_grad=True)
+        value = _log_gamma_ratio(log_q.exp(), shift)
+        slopes = torch.autograd.grad(value, (log_q, shift))
+        with mpmath.workdps(150):
+            exact = mpmath.mpf(log_q.exp().item())
+            psi = mpmath.digamma(exact + a)
+            expected = [float(mpmath.loggamma(exact + a) - mpmath.loggamma(exact) - a * mpmath.log(exact)), float(exact * (psi - mpmath.digamma(exact)) - a), float(psi - mpmath.log(exact))]
+        np.testing.assert_allclose([x.item() for x in (value, *slopes)], expected, rtol=1e-11, atol=1e-13, err_msg=f"q = {q}")
+
+
+@pytest.mark.parametrize("learn", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_loss_of_a_law_that_becomes_normal_becomes_the_normal_one(dtype, learn):
+    r = torch.linspace(-5, 5, 11, dtype=dtype)
+    for q in (1e8, 1e10, 1e12, 1e14, 1e20):
+        loss = SGT(1.5, q=q, learn=learn)
+        expected = -torch.distributions.Normal(0., 1.5).log_prob(r)
+        np.testing.assert_allclose(loss.pointwise(r).detach(), expected, atol=1e-7 if dtype == torch.float64 and not learn else 3e-6, err_msg=f"q = {q}")
+        if learn:
+            loss(torch.zeros_like(r), r).backward()
+            assert loss.free["sigma"].grad.item() == pytest.approx(1 - (r / 1.5).square().mean().item(), abs=1e-5) and abs(loss.free["q"].grad.item()) < 1e-5
 
 
 def test_cauchy_and_the_unnormalized_losses_are_what_their_names_say():

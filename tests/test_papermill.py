@@ -156,7 +156,7 @@ def test_papermill_trains_a_forecaster_and_shows_its_forecasts(tmp_path):
     training, forecasts = outputs(nbformat.read(tmp_path / "out.ipynb", 4), "application/vnd.plotly.v1+json")[:2]
     names = [trace["name"] for trace in training["data"]]
     assert any(name.startswith("best linear predictor") for name in names) and any(name.startswith("optimum") for name in names)
-    assert [trace["name"] for trace in forecasts["data"]][:3] == ["window", "what came", "forecast"]
+    assert [trace["name"] for trace in forecasts["data"]][:6] == ["80% by its errors", "window", "what came", "forecast", "80% given the window", "80% given the window"]
 
 
 def test_runs_go_to_the_top_of_the_project_from_its_folders(monkeypatch):

@@ -111,3 +111,4 @@ def test_windows_of_another_shape_are_refused(model, windows):
     inputs, targets = windows
     for wrong in (lambda: model(inputs[..., :1], targets), lambda: model(inputs, targets[:, :, 0]), lambda: model(inputs[:1], targets), lambda: model.forecast(inputs[:, :0], OUT)):
         with pytest.raises(ValueError, match="shape|inputs and"): wrong()
+    with pytest.raises(ValueError, match="the horizon is 0: it has to be 1 or more"): model.forecast(inputs, 0)

@@ -198,6 +198,7 @@ def test_kernels_that_cannot_be_are_refused():
     for wrong, says in ((dict(kernel="box"), "no kernel"), (dict(size=0), "size"), (dict(size=2.5), "size"), (dict(width=0.), "width"), (dict(period=math.nan), "period")):
         with pytest.raises(ValueError, match=says): smoothing_kernel(**wrong)
     with pytest.raises(ValueError, match="size"): SmoothedNoise(kernel_size=-1)
+    np.testing.assert_array_equal(smoothing_kernel(size=np.int64(15)), smoothing_kernel(size=15))
     with pytest.raises(ValueError, match="not longer than the series"): SmoothedNoise().sample(1, np.random.default_rng(0), 50)
 
 

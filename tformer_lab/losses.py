@@ -14,7 +14,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from .data.skewed_t import SkewedGeneralizedT, check_skewed_t
+from .data.skewed_t import SkewedGeneralizedT, _stirling, check_skewed_t
 
 # %% auto #0
 __all__ = ['LOSSES', 'Loss', 'MSE', 'MAE', 'Huber', 'Quantile', 'log1p_power', 'Cauchy', 'sgt_constants', 'SGT',
@@ -141,6 +141,13 @@ class Cauchy(_Parametric):
         return log1p_power(residual.abs() / log_scale.exp(), 2) + log_scale + math.log(math.pi)
 
 # %% ../nbs/losses.ipynb #579940f9
+def _log_gamma_ratio(q, a):
+    "Logarithm of Γ(q + a) / (Γ(q) q^a), with gradients"
+    far = torch.minimum(q, q + a) >= 25
+    def pick(where, q_else): return torch.where(where, q, q_else), torch.where(where, a, 0.)
+    (n, b), (m, c) = pick(~far, 1.), pick(far, 25.)
+    return torch.where(far, (m + c - .5) * torch.log1p(c / m) - c + _stirling(m + c) - _stirling(m), (n + b).lgamma() - n.lgamma() - b * n.log())
+
 def sgt_constants(
     sigma:Tensor, # float64 scalars, as in `SkewedGeneralizedT`
     skew:Tensor,
@@ -149,13 +156,12 @@ def sgt_constants(
     standardized:bool,
 ) -> tuple[Tensor, Tensor, Tensor]: # v σ q^(1/p), m, and minus the log density at the mode
     "What the law's parameters make of it, with gradients"
-    def log_moment(k): return ((k + 1) / p).lgamma() - (1 / p).lgamma() + (q - k / p).lgamma() - q.lgamma() + k / p * q.log()
+    def log_moment(k): return ((k + 1) / p).lgamma() - (1 / p).lgamma() + _log_gamma_ratio(q, -k / p)
     first = second = torch.ones_like(sigma)
     if standardized: first, second = log_moment(1).exp(), log_moment(2).exp()
     v = ((1 + 3 * skew**2) * second - (2 * skew * first)**2).rsqrt() if standardized else torch.ones_like(sigma)
-    width = v * sigma * (q.log() / p).exp()
-    log_beta = (1 / p).lgamma() + q.lgamma() - (1 / p + q).lgamma()
-    return width, 2 * skew * v * sigma * first if standardized else 0 * sigma, (2 * width / p).log() + log_beta
+    log_norm = (2 * v * sigma / p).log() + (1 / p).lgamma() - _log_gamma_ratio(q, 1 / p)
+    return v * sigma * (q.log() / p).exp(), 2 * skew * v * sigma * first if standardized else 0 * sigma, log_norm
 
 # %% ../nbs/losses.ipynb #bbc139b8
 class SGT(_Parametric):

@@ -5,21 +5,27 @@
 # %% ../../nbs/data/epidemic.ipynb #d758b5df
 from __future__ import annotations
 
+import csv
 import hashlib
 import http.client
 import json
+import lzma
 import math
 import os
 import re
 import socket
+import tarfile
 import time
 import urllib.error
 import urllib.parse
 import urllib.request
 import warnings
+import zipfile
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
+from itertools import compress
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -119,7 +125,7 @@ def _explain(error):
     "What went wrong, in words"
     if isinstance(error, urllib.error.HTTPError): return f"the server answers {error.code} {error.reason}"
     reason = getattr(error, "reason", error)
-    if isinstance(reason, socket.gaierror): return "the server's name is not known here; is there a network?"
+    if isinstance(reason, socket.gaierror): return "the server's name is not known here (is there a network?)"
     if isinstance(reason, TimeoutError): return "the server does not answer in time"
     if isinstance(reason, http.client.IncompleteRead): return "the connection ended early"
     return str(reason) or type(reason).__name__
@@ -200,12 +206,17 @@ def _column(columns, wanted, path):
     hint = f"; did it become {near[0]!r}?" if near else f"; it has {', '.join(map(repr, columns[:12]))}{', …' if len(columns) > 12 else ''}"
     raise FileError(f"{path} has no column {' or '.join(map(repr, wanted))}{hint}")
 
-def _all_rows(path, names):
-    "Some columns of a table, whose rows all have to have as many fields as its head (with `usecols` pandas drops what is too much)"
-    import pandas as pd
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", pd.errors.ParserWarning)
-        with pd.read_csv(path, dtype=str, index_col=False, chunksize=50_000) as chunks: return pd.concat([chunk[names] for chunk in chunks], ignore_index=True)
+_UNREADABLE = (OSError, ValueError, EOFError, ImportError, RuntimeError, csv.Error, lzma.LZMAError, tarfile.TarError, zipfile.BadZipFile, zlib.error)  # what readers of tables and archives raise
+
+def _check_rows(path):
+    "Refuse a table with a row that has more fields than its head, or less: pandas would drop them, or take them as missing"
+    from pandas.io.common import get_handle
+    with get_handle(path, "r", encoding="utf-8-sig", compression="infer") as opened:
+        reader, head = csv.reader(opened.handle), 0
+        for row in reader:
+            if not "".join(row).strip() and len(row) < 2: continue
+            head = head or len(row)
+            if len(row) != head: raise FileError(f"{path}, line {reader.line_num}: it has {len(row)} field{'s' if len(row) > 1 else ''}, and the head has {head}")
 
 def read_table(
     path:str|Path, # A csv file, compressed or not
@@ -213,12 +224,14 @@ def read_table(
 ) -> pd.DataFrame: # place, date, value; sorted, one row a place and date
     "Read a long table and check it"
     import pandas as pd
-    try: columns = list(pd.read_csv(path, nrows=0).columns)
+    try:
+        columns = list(pd.read_csv(path, nrows=0).columns)
+        names = {_column(columns, getattr(source, role), path): role for role in ("place", "date", "value")}
+        _check_rows(path)
+        table = pd.read_csv(path, usecols=list(names), dtype=str, index_col=False)
+    except FileError: raise
     except pd.errors.EmptyDataError as error: raise FileError(f"{path} is empty") from error
-    except (OSError, ValueError, EOFError) as error: raise FileError(f"{path} cannot be read as a table: {error}") from error
-    names = {_column(columns, getattr(source, role), path): role for role in ("place", "date", "value")}
-    try: table = _all_rows(path, list(names))
-    except (OSError, ValueError, EOFError, pd.errors.ParserWarning) as error: raise FileError(f"{path} cannot be read as a table: {error}") from error
+    except _UNREADABLE as error: raise FileError(f"{path} cannot be read as a table: {str(error).partition(chr(10))[0].rstrip(':')}") from error
     if not len(table): raise FileError(f"{path} has columns, but not one row")
     return _typed(table.rename(columns=names), {role: name for name, role in names.items()}, path)
 
@@ -226,7 +239,8 @@ def _typed(table, named, path):
     "Dates as dates and values as numbers, or the first that is none"
     import pandas as pd
     def checked(role, parse):
-        found = parse(table[role])
+        try: found = parse(table[role])
+        except ValueError as error: raise FileError(f"{path}: the times in column {named[role]!r} have more than one time zone, or some have none") from error
         bad = found.isna() & (table[role].notna() | (role == "date"))
         if bad.any(): raise FileError(f"{path}, row {bad.idxmax() + 2}: {table[role][bad.idxmax()]!r} in column {named[role]!r} is no {'date' if role == 'date' else 'number'}")
         return found
@@ -289,7 +303,7 @@ class EpidemicSeries:
 
 def _chosen(places, source, names, path):
     "The places that are taken, and a warning for those that are asked for and missing"
-    if names is None: names = source.names
+    names = source.names if names is None else (names,) if isinstance(names, str) else names
     if not names: return [place for place in places if not re.fullmatch(source.without, place, re.IGNORECASE)]
     found = [name for name in names if name in places]
     missing = [name for name in names if name not in places]
@@ -300,7 +314,7 @@ def _chosen(places, source, names, path):
 def load_series(
     path:str|Path, # A csv file, or an address
     source:str|EpidemicSource="owid_covid", # A name in `SOURCES`, or one of your own
-    names:Sequence[str]|None=None, # Places; None: those of the source
+    names:str|Sequence[str]|None=None, # Places, or one; None: those of the source
     folder:str|Path|None=None, # For what is downloaded; None: $TFORMER_DATA, or ~/.cache/tformer_lab
 ) -> EpidemicSeries: # Raises FileError with what is wrong
     "Read, fill and smooth the series of a file"
@@ -317,6 +331,14 @@ def load_series(
     return EpidemicSeries(tuple(kept), tuple(kept.values()), tuple(f"{parts[place]['date'].iloc[0]:%Y-%m-%d}" for place in kept))
 
 # %% ../../nbs/data/epidemic.ipynb #96e9e4b1
+def _long_enough(series, length, path):
+    "The series without those that are shorter than a window, and a warning for these"
+    long = [len(values) >= length for values in series.values]
+    short = ", ".join(f"{name} ({len(values)})" for name, values, enough in zip(series.names, series.values, long) if not enough)
+    if not any(long): raise FileError(f"{path}: no series is long enough: a window and its horizon are {length} steps, and there are {short}")
+    if short: warnings.warn(f"{path}: a window and its horizon are {length} steps, so that these series are left out: {short}", stacklevel=3)
+    return EpidemicSeries(*(tuple(compress(part, long)) for part in (series.names, series.values, series.start)))
+
 def epidemic_windows(
     path:str|Path, # A csv file, or an address
     source:str|EpidemicSource="owid_covid",
@@ -325,7 +347,7 @@ def epidemic_windows(
     names:Sequence[str]|None=None, # Places; None: those of the source
     folder:str|Path|None=None, # For what is downloaded
 ) -> tuple[Windows, EpidemicSeries]: # Scaled by their inputs; `group` is the place's number
-    "Windows of all places, to be split by place"
-    series = load_series(path, source, names, folder)
+    "Windows of all places that are long enough, to be split by place"
+    series = _long_enough(load_series(path, source, names, folder), input_length + horizon, path)
     chunks, group = chunk_series(series.values, input_length + horizon, names=series.names)
     return make_windows(chunks, input_length, horizon, "input", group), series

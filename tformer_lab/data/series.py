@@ -33,7 +33,7 @@ def smoothing_kernel(
 ) -> np.ndarray: # [size], adds up to 1
     "Weights of a moving average"
     if kernel not in get_args(Kernel): raise ValueError(f"there is no kernel {kernel!r}; there are {', '.join(get_args(Kernel))}")
-    if not (isinstance(size, int) and size >= 1): raise ValueError(f"the kernel's size is {size}: it has to be a whole number, 1 or more")
+    if not (isinstance(size, int | np.integer) and size >= 1): raise ValueError(f"the kernel's size is {size}: it has to be a whole number, 1 or more")
     for name, value in (("width", width), ("period", period)):
         if not 0 < value < math.inf: raise ValueError(f"the kernel's {name} is {value}: it has to be above 0 and finite")
     angle = np.linspace(0, 2 * np.pi * size / period, size)

@@ -55,8 +55,10 @@ def check_windows(
     inputs:Tensor,
     features:int, # Of the model
     targets:Tensor|None=None,
+    horizon:int=1, # Steps to forecast
 ) -> None: # Raises ValueError
-    "Refuse windows of another shape than [n, steps, features]"
+    "Refuse windows of another shape than [n, steps, features], and a horizon without a step"
+    if horizon < 1: raise ValueError(f"the horizon is {horizon}: it has to be 1 or more")
     for name, values in (("inputs", inputs), ("targets", targets)):
         if values is not None and (values.ndim != 3 or values.shape[2] != features or not values.shape[1]):
             raise ValueError(f"{name} have the shape {list(values.shape)}: it has to be [n, steps, {features}], with a step or more")
@@ -100,7 +102,7 @@ class TransformerForecaster(nn.Module):
         horizon:int, # Steps
     ) -> Tensor: # [n, horizon, features]
         "Free-running forecasts"
-        check_windows(inputs, self.features)
+        check_windows(inputs, self.features, horizon=horizon)
         memory = self.transformer.encoder(self._embed(inputs, 0))
         steps = [DecoderSteps(layer, memory) for layer in self.transformer.decoder.layers]
         value, found = inputs[:, -1:], []
@@ -200,7 +202,7 @@ class LSTMForecaster(nn.Module):
         horizon:int, # Steps
     ) -> Tensor: # [n, horizon, features]
         "Free-running forecasts"
-        check_windows(inputs, self.features)
+        check_windows(inputs, self.features, horizon=horizon)
         _, state = self.encoder(inputs)
         value, found = inputs[:, -1:], []
         for _ in range(horizon):

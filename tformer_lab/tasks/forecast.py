@@ -5,6 +5,8 @@
 # %% ../../nbs/tasks/forecast.ipynb #6499e246
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING, ClassVar, Literal
 
@@ -18,14 +20,15 @@ from ..data.epidemic import SOURCES, epidemic_windows
 from ..data.series import PRESETS, Windows, make_windows, split_windows
 from ..losses import MAE, MSE, Loss, make_loss
 from ..models.seq2seq import LSTMForecaster, TransformerForecaster, check_seq2seq, shift_right
+from ..storage import FileError
 from .task import Optimum, Reference
-from ..theory.forecasting import forecast_optimum, linear_forecast
+from ..theory.forecasting import forecast_optimum, horizon_quantiles, linear_forecast
 
 if TYPE_CHECKING: import plotly.graph_objects as go
 
 # %% auto #0
-__all__ = ['LossName', 'LOSS_PARAMETERS', 'VALIDATION_STREAM', 'loss_from', 'percentage_errors', 'Forecast', 'check_data',
-           'forecast_figure']
+__all__ = ['LossName', 'LOSS_PARAMETERS', 'BAND', 'ENOUGH', 'VALIDATION_STREAM', 'loss_from', 'percentage_errors',
+           'free_forecasts', 'error_quantiles', 'Forecast', 'check_data', 'forecast_figure']
 
 # %% ../../nbs/tasks/forecast.ipynb #eb2454dc
 LossName = Literal["mse", "mae", "huber", "quantile", "cauchy", "sgt", "unnormalized_cauchy", "unnormalized_sgt"]
@@ -42,10 +45,10 @@ def loss_from(
     given = {key: value for key, value in parameters.items() if value is not None}
     for key, value in given.items():
         if name not in LOSS_PARAMETERS[key][0]: raise ValueError(f"{key} is {value}: the loss {name!r} has no such parameter; {' and '.join(LOSS_PARAMETERS[key][0])} would have")
-    if learn and name not in ("cauchy", "sgt"): raise ValueError(f"learn_loss is {learn}: the loss {name!r} has nothing to learn; cauchy and sgt have")
+    if learn is not False and name not in ("cauchy", "sgt"): raise ValueError(f"learn_loss is {learn!r}: the loss {name!r} has nothing to learn; cauchy and sgt have")
     learnt = [part.strip() for part in learn.split(",")] if isinstance(learn, str) else learn
-    try: return make_loss(name, **{LOSS_PARAMETERS[key][1]: value for key, value in given.items()}, **({"learn": learnt} if learn else {}))
-    except ValueError as error: raise ValueError(f"loss {name!r}: {error}") from None
+    try: return make_loss(name, **{LOSS_PARAMETERS[key][1]: value for key, value in given.items()}, **({} if learn is False else {"learn": learnt}))
+    except ValueError as error: raise ValueError(f"loss {name!r}: {str(error).replace('standardized=', 'sgt_standardized=')}") from None
 
 # %% ../../nbs/tasks/forecast.ipynb #76418ead
 def percentage_errors(
@@ -66,6 +69,28 @@ def _optima(data, input_length, horizon, name, parameters):
     cases = [("train/loss", loss, True), ("valid/loss", loss, True), ("valid/free_loss", loss, False), ("valid/free_mse", MSE(), False), ("valid/free_mae", MAE(), False)]
     found = [forecast_optimum(loss, process, input_length, horizon, metric=metric, teacher_forced=forced) for metric, loss, forced in cases]
     return tuple(o for o in found if o is not None)
+
+# %% ../../nbs/tasks/forecast.ipynb #ef1b9385
+BAND = (.1, .9)  # shares below the ends of a band
+ENOUGH = round(1 / BAND[0]) - 1  # windows that have such quantiles
+
+@torch.no_grad()
+def free_forecasts(
+    model:nn.Module, # For evaluation
+    windows:Windows,
+) -> Tensor: # [n, horizon, features] where the model is
+    "Free-running forecasts of many windows, scaled like the targets"
+    return torch.cat([model.forecast(x, windows.targets.shape[1]) for x in windows.inputs.to(next(model.parameters())).split(128)])
+
+def error_quantiles(
+    model:nn.Module, # For evaluation
+    windows:Windows, # 9 or more for the usual shares
+    shares:Sequence[float]=BAND, # In (0, 1)
+) -> np.ndarray: # [shares, horizon, features], scaled like the targets; raises ValueError
+    "Quantiles of what came less what was forecast, over windows"
+    n, least = len(windows.group), min(min(share, 1 - share) for share in shares)
+    if least * (n + 1) < 1 - 1e-9: raise ValueError(f"there are {n} windows: a quantile of {least:g} or {1 - least:g} needs {math.ceil(1 / least - 1 - 1e-9)}")
+    return np.quantile((windows.targets - free_forecasts(model, windows).cpu()).double().numpy(), shares, axis=0, method="weibull")
 
 # %% ../../nbs/tasks/forecast.ipynb #73a77fd3
 VALIDATION_STREAM = 0xF0CA57EDF0CA57ED  # no seed of a training draws the same numbers
@@ -155,8 +180,10 @@ class Forecast:
         "Windows for training, None where they are drawn, and for validation"
         rng = np.random.default_rng(VALIDATION_STREAM)
         if self.data in PRESETS: return None, self._draw(self.validation_size or 256, rng)
-        windows, _ = epidemic_windows(self.path or SOURCES[self.data].url, self.data, self.input_length, self.horizon)
-        return split_windows(windows, rng, self.validation_share or .2)
+        path = self.path or SOURCES[self.data].url
+        try: return split_windows(epidemic_windows(path, self.data, self.input_length, self.horizon)[0], rng, self.validation_share or .2)
+        except FileError: raise
+        except ValueError as error: raise FileError(f"{path}: {error}") from error
 
     @property
     def validation(self) -> Windows:
@@ -179,17 +206,29 @@ class Forecast:
         "Mean loss of teacher-forced forecasts"
         return getattr(model, "module", model).criterion(model(batch.inputs, batch.targets), batch.targets)
 
+    def _measures(self, model, windows):
+        there = next(model.parameters())
+        inputs, targets = (part.to(there) for part in (windows.inputs, windows.targets))
+        forced, free = torch.cat([model(*part) for part in zip(inputs.split(128), targets.split(128))]), free_forecasts(model, windows)
+        found = {"loss": model.criterion(forced, targets), "free_loss": model.criterion(free, targets), "free_mse": MSE()(free, targets), "free_mae": MAE()(free, targets)}
+        return {**{name: value.item() for name, value in found.items()}, **percentage_errors(*(windows.unscale(values.cpu()) for values in (free, targets)))}
+
     def evaluate(self,
         model:nn.Module,
     ) -> dict[str, float]:
         "Losses and errors on the validation windows"
-        there, windows = next(model.parameters()), self.validation
-        inputs, targets = (part.to(there) for part in (windows.inputs, windows.targets))
-        parts = list(zip(inputs.split(128), targets.split(128)))
-        forced, free = torch.cat([model(*part) for part in parts]), torch.cat([model.forecast(x, self.horizon) for x, _ in parts])
-        found = {"valid/loss": model.criterion(forced, targets), "valid/free_loss": model.criterion(free, targets), "valid/free_mse": MSE()(free, targets), "valid/free_mae": MAE()(free, targets)}
-        percent = percentage_errors(*(windows.unscale(values.cpu()) for values in (free, targets)))
-        return {**{name: value.item() for name, value in found.items()}, **{f"valid/{name}": value for name, value in percent.items()}}
+        return {f"valid/{name}": value for name, value in self._measures(model, self.validation).items()}
+
+    def evaluate_training(self,
+        model:nn.Module,
+        data:Windows|None, # The finite training set; None: there is none but an epidemic's
+    ) -> dict[str, float]: # Empty where all series are fresh
+        "The same on windows for training, at most as many: always the same ones, drawn at random"
+        data = self._sides[0] if data is None else data
+        if data is None: return {}
+        chosen = np.random.default_rng(VALIDATION_STREAM).permutation(len(data.group))[:len(self.validation.group)]
+        found = self._measures(model, data.take(torch.from_numpy(chosen)))
+        return {f"train/{'forced_loss' if name == 'loss' else name}": value for name, value in found.items()}
 
     def optimum(self) -> list[Optimum]: # Bounds, of unscaled noise under a fixed loss
         "What no forecast can beat"
@@ -198,20 +237,25 @@ class Forecast:
         return [o for o in found if not self.learn_loss or o.metric in ("valid/free_mse", "valid/free_mae")]
 
     def references(self) -> list[Reference]:
-        "What the last value and the best linear predictor reach on the validation windows"
+        "What a constant, the last value and the best linear predictor reach on the validation windows"
         windows = self.validation
-        free = {"the last value": windows.inputs[:, -1:].expand_as(windows.targets)}
+        constant, last = torch.zeros_like(windows.targets), windows.inputs[:, -1:].expand_as(windows.targets)
+        free = {"a constant": constant, "the last value": last}
         if self.data in PRESETS: free["best linear predictor"] = torch.from_numpy(linear_forecast(PRESETS[self.data], windows))
         losses = {"valid/free_mse": MSE(), "valid/free_mae": MAE(), **({} if self.learn_loss else {"valid/free_loss": self.criterion()})}
         found = [Reference(metric, _mean(loss, windows, forecast), name) for metric, loss in losses.items() for name, forecast in free.items()]
-        return found if self.learn_loss else [Reference("valid/loss", _mean(self.criterion(), windows, shift_right(windows.inputs, windows.targets)), "the last value"), *found]
+        if self.learn_loss: return found
+        forced = {"a constant": constant, "the last value": shift_right(windows.inputs, windows.targets)}
+        return [*(Reference("valid/loss", _mean(self.criterion(), windows, forecast), name) for name, forecast in forced.items()), *found]
 
     def figure(self,
-        model:nn.Module,
+        model:nn.Module, # For evaluation
         count:int=3, # Windows
     ) -> go.Figure:
-        "Free-running forecasts of validation windows, beside what came"
-        return forecast_figure(model, self.validation.take(torch.arange(min(count, len(self.validation.group)))))
+        "Free-running forecasts of validation windows, beside what came and how far off the others are"
+        order = torch.arange(len(self.validation.group))
+        shown, others = (self.validation.take(part) for part in (order[:count], order[count:]))
+        return forecast_figure(model, shown, others if len(others.group) >= ENOUGH else None, horizon_quantiles(PRESETS[self.data], shown, BAND) if self.data.startswith("normal") else None)
 
 @torch.no_grad()
 def _mean(loss, windows, forecast): return loss(forecast.double(), windows.targets.double()).item()
@@ -234,15 +278,21 @@ def check_data(
 def forecast_figure(
     model:nn.Module, # For evaluation
     windows:Windows, # A few
+    others:Windows|None=None, # For the quantiles of its errors; None: those are not drawn
+    known:np.ndarray|None=None, # [2, n, horizon, features] quantiles of the horizon given the windows, scaled like the targets
 ) -> go.Figure:
     "What a model forecasts, in the data's units"
     from plotly.subplots import make_subplots
     from tformer_lab.dashboards.figures import COLORS, style
-    there, horizon, length = next(model.parameters()), windows.targets.shape[1], windows.inputs.shape[1]
-    free = windows.unscale(model.forecast(windows.inputs.to(there), horizon).cpu().float())
-    past, future, shown = windows.unscale(windows.inputs), windows.unscale(windows.targets), min(length, 2 * horizon)
+    free, horizon = free_forecasts(model, windows).cpu().double(), windows.targets.shape[1]
+    def drawn(values): return windows.unscale(torch.as_tensor(values, dtype=torch.float64))[..., 0].numpy().round(5)
+    past, future, middle = map(drawn, (windows.inputs, windows.targets, free))
+    around = () if others is None else [drawn(free + end) for end in torch.from_numpy(error_quantiles(model, others))]
+    limits = () if known is None else [drawn(end) for end in known]
+    after, shown = np.arange(horizon), min(windows.inputs.shape[1], 2 * horizon)
     figure = make_subplots(1, len(past), horizontal_spacing=.07)
     for i in range(len(past)):
-        lines = (("window", np.arange(-shown, 0), past[i, -shown:], COLORS["first"], "solid"), ("what came", np.arange(horizon), future[i], COLORS["now"], "solid"), ("forecast", np.arange(horizon), free[i], COLORS["previous"], "dash"))
-        for name, x, y, color, dash in lines: figure.add_scatter(x=x, y=y[:, 0].double().numpy().round(5), mode="lines", name=name, showlegend=not i, line={"color": color, "dash": dash}, row=1, col=i + 1)
+        if around: figure.add_scatter(x=np.r_[after, after[::-1]], y=np.r_[around[0][i], around[1][i][::-1]], fill="toself", mode="none", fillcolor="rgba(230,159,0,.25)", name="80% by its errors", hoverinfo="skip", showlegend=not i, row=1, col=i + 1)
+        lines = [("window", np.arange(-shown, 0), past[i, -shown:], "first", "solid"), ("what came", after, future[i], "now", "solid"), ("forecast", after, middle[i], "previous", "dash"), *(("80% given the window", after, end[i], "optimum", "dot") for end in limits)]
+        for k, (name, x, y, color, dash) in enumerate(lines): figure.add_scatter(x=x, y=y, mode="lines", name=name, legendgroup=name, showlegend=not i and k < 4, line={"color": COLORS[color], "dash": dash}, row=1, col=i + 1)
     return style(figure, height=300).update_xaxes(title="step after the window").update_layout(margin_t=48)

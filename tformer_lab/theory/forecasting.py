@@ -6,11 +6,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from scipy.interpolate import CubicSpline
+from scipy.special import ndtri
 from torch import Tensor
 
 from ..data.series import SmoothedNoise, Windows, smoothing_matrix
@@ -21,7 +23,7 @@ from ..tasks.task import Optimum
 # %% auto #0
 __all__ = ['BEYOND', 'KNOTS', 'HorizonLaw', 'horizon_law', 'step_ahead_sd', 'expected_loss', 'least_expected_loss',
            'mixture_entropy', 'is_gaussian', 'informed_losses', 'forecast_optimum', 'linear_forecast',
-           'linear_reference', 'expected_forecast_loss']
+           'linear_reference', 'expected_forecast_loss', 'horizon_quantiles']
 
 # %% ../../nbs/theory/forecasting.ipynb #693b42c0
 @dataclass(frozen=True)
@@ -205,15 +207,18 @@ def _gaussian_optimum(loss, sd, scale, metric):
     return Optimum(metric, float(rows.mean()), "estimate", float(rows.std(ddof=1) / math.sqrt(len(rows))) if len(rows) > 1 else math.inf)
 
 # %% ../../nbs/theory/forecasting.ipynb #7359cfae
+def _law_of(process, windows):
+    "The law of windows' horizons, in the data's units, which rounding keeps from being seen exactly"
+    rounding = torch.finfo(windows.inputs.dtype).eps / 4 * math.sqrt(process.noise.moments().variance) * float(np.linalg.norm(process.weights()))
+    return horizon_law(process, windows.inputs.shape[1], windows.targets.shape[1], rounding)
+
 def linear_forecast(
     process:SmoothedNoise, # That the windows were cut from
     windows:Windows,
 ) -> np.ndarray: # [n, horizon, features] float64, scaled like the targets
     "Best linear forecasts of windows"
-    rounding = torch.finfo(windows.inputs.dtype).eps / 4 * math.sqrt(process.noise.moments().variance) * float(np.linalg.norm(process.weights()))
-    law = horizon_law(process, windows.inputs.shape[1], windows.targets.shape[1], rounding)
     inputs, center, scale = (part.cpu().double().numpy() for part in (windows.inputs, windows.center, windows.scale))
-    return (law.mean(inputs * scale + center) - center) / scale
+    return (_law_of(process, windows).mean(inputs * scale + center) - center) / scale
 
 def linear_reference(
     loss:Loss,
@@ -237,3 +242,13 @@ def expected_forecast_loss(
     bias = forecast.detach().cpu().double().numpy() - linear_forecast(process, windows)
     sd = horizon_law(process, windows.inputs.shape[1], windows.targets.shape[1]).sd
     return float(np.mean(expected_loss(loss, sd[:, None] / windows.scale.cpu().double().numpy(), bias)))
+
+# %% ../../nbs/theory/forecasting.ipynb #bb909152
+def horizon_quantiles(
+    process:SmoothedNoise, # With Gaussian noise, or nearly
+    windows:Windows,
+    shares:Sequence[float]=(.1, .9), # In (0, 1)
+) -> np.ndarray: # [shares, n, horizon, features] float64, scaled like the targets
+    "Quantiles of the horizon given the window, as of Gaussian noise"
+    spread = _law_of(process, windows).sd[:, None] / windows.scale.cpu().double().numpy()
+    return linear_forecast(process, windows) + np.multiply.outer(ndtri(shares), spread)

@@ -126,7 +126,7 @@ class Candidates:
     def _parts(self, values):
         "The weights in a vector, or in each of several, in the shapes of the model's"
         parts = values.split([p.numel() for p in self._parameters], dim=-1)
-        return [part.view(*values.shape[:-1], *p.shape) for p, part in zip(self._parameters, parts)]
+        return [part.reshape(values.shape[:-1] + p.shape) for p, part in zip(self._parameters, parts)]
 
     @torch.no_grad()
     def write(self,

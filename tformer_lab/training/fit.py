@@ -386,9 +386,9 @@ class Session:
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, Any]:
-        "The task's evaluation, and the population loss where the training set is finite"
+        "The task's evaluation, what it measures on the data that it trains on, and the population loss where the training set is finite"
         self.bare.eval()
-        found = dict(self.task.evaluate(self.bare))
+        found = {**self.task.evaluate(self.bare), **getattr(self.task, "evaluate_training", lambda model, data: {})(self.bare, self.batches.data)}
         if self._population is not None: found["population/loss"] = self._population_loss()
         self.bare.train()
         return found

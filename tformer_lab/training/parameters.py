@@ -170,7 +170,9 @@ def resolve(
     given = {name: value for name, value in given.items() if value is not None and name not in {"task", *others}}
     check_names(given, field_names(kind) | field_names(Trainer) | {"task", *others})
     task = build(kind, {name: value for name, value in given.items() if name in field_names(kind)})
-    return task, trainer_for(task, **{name: value for name, value in given.items() if name in field_names(Trainer)})
+    trainer = trainer_for(task, **{name: value for name, value in given.items() if name in field_names(Trainer)})
+    if given.get("dropout") and trainer.optimizer in OWN: raise ParameterError(f"dropout = {given['dropout']}: it is for optimizers that follow a gradient; {trainer.optimizer} switches it off")
+    return task, trainer
 
 # %% ../../nbs/training/parameters.ipynb #2d612b96
 class NotebookParameters:
