@@ -1,15 +1,18 @@
 """Attention-indexed models, their teachers, and students that are trained side by side."""
 import math
+import signal
 
 import numpy as np
 import pytest
 import torch
 from scipy import linalg, stats
+from scipy.special import expit
 
 from tformer_lab.data.teacher import draw_teachers, teacher_samples
 from tformer_lab.models.attention_indexed import CENTERED, WEIGHTS, AttentionIndexed, attention_logits, index_matrix, squared_label_error
 from tformer_lab.runs.store import Run
-from tformer_lab.tasks.teacher_student import TeacherStudent, student_table
+from tformer_lab.tasks.teacher_student import Students, TeacherStudent, student_table
+from tformer_lab.theory.attention_erm import erm_tied_smse
 from tformer_lab.theory.teacher_student import bayes_optimal_smse, measurement_noise, recovery_threshold
 from tformer_lab.training.fit import fit, resumed, trained
 from tformer_lab.training.parameters import ParameterError, Trainer, trainer_for
@@ -120,6 +123,20 @@ def test_a_training_that_was_stopped_goes_on_bit_for_bit(tmp_path):
     assert again.metrics.equals(whole.metrics) and all(torch.equal(a, b) for a, b in zip(trained(again).parameters(), trained(whole).parameters()))
 
 
+def test_a_training_that_was_stopped_when_some_students_had_ended_goes_on_bit_for_bit(tmp_path, monkeypatch):
+    task, trainer = TeacherStudent(**SMALL | {"tolerance": 3e-5, "ridge": .03}), dict(steps=400, evaluations=20, progress=False)
+    whole, note = fit(task, runs_dir=tmp_path / "whole", **trainer), Students.note
+    def stop_then(students, *given, **more):
+        note(students, *given, **more)
+        if students.ended.any(): signal.raise_signal(signal.SIGTERM)
+    with monkeypatch.context() as patch:
+        patch.setattr(Students, "note", stop_then)
+        stopped = fit(task, runs_dir=tmp_path / "stopped", **trainer)
+    assert stopped.status == "stopped" and 0 < len(trained(stopped).active) < 3
+    again = fit(*resumed(stopped, time_limit=None), resume=Run(stopped.path), progress=False)
+    assert again.metrics.equals(whole.metrics) and all(torch.equal(a, b) for a, b in zip(trained(again).state_dict().values(), trained(whole).state_dict().values()))
+
+
 def test_table_has_each_students_numbers_and_their_means_are_the_runs(tmp_path):
     run = fit(TeacherStudent(**SMALL, form="untied"), runs_dir=tmp_path, steps=30, progress=False)
     table, last = student_table(run), run.metrics.dropna().iloc[-1]
@@ -139,6 +156,75 @@ def test_loss_is_the_mean_objective_over_the_square_of_the_dimension():
     assert torch.isclose(loss, (((said - y)**2).sum() + .01 / math.sqrt(.75) * (W**2).sum()) / (3 * 400))
     half = task.batch(task.samples // 2, np.random.default_rng(0))
     with torch.no_grad(): assert torch.isclose(task.loss(model, half), loss, rtol=.2)  # half the samples count twice
+
+
+def test_a_student_that_is_the_teacher_has_the_label_error_that_the_noise_makes_and_none_without():
+    task = TeacherStudent(d_model=40, students=2, sample_ratio=.01, student_width=.5, test_size=20_000)
+    model, rng = task.model(), np.random.default_rng(0)
+    with torch.no_grad():
+        for weight, own in zip(model.students.weight, task.teachers[0]): weight.copy_(own)
+    found = {name: value.numpy() for name, value in task.student_errors(model).items()}
+    expected = []
+    for W in task.teachers[0].double().numpy():
+        x, noise = rng.standard_normal((60_000, 2, 40)), math.sqrt(.5 / 4) * rng.standard_normal((60_000, 2, 2))
+        z = x @ (W.T @ W) @ x.swapaxes(1, 2) / (40 * math.sqrt(20)) - np.eye(2) * (W**2).sum() / (40 * math.sqrt(20))
+        first = lambda a: expit(np.stack([a[:, 0, 0] - a[:, 0, 1], a[:, 1, 1] - a[:, 1, 0]]))
+        expected.append(2 * np.square(first(z + noise + noise.swapaxes(1, 2)) - first(z)).sum(0).mean())
+    assert np.allclose(found["valid/label_error"], expected, rtol=.03) and np.allclose(found["valid/clean_label_error"], 0, atol=1e-9) and np.allclose(found["valid/smse"], 0, atol=1e-9)
+
+
+@pytest.mark.parametrize("width", [.5, 1.])
+def test_with_next_to_no_samples_the_best_label_error_is_half_of_what_two_teachers_differ_by(width):
+    """On the same tokens: that half is the variance that is left when all that is known is how teachers are drawn."""
+    best, rng, D = {o.metric: o.value for o in TeacherStudent(sample_ratio=1e-4, teacher_width=width).optimum()}, np.random.default_rng(0), 200
+    def labels(x):
+        W, diagonal, beside = rng.standard_normal((round(width * D), D)), math.sqrt(.5) * rng.standard_normal((len(x), 2)), .5 * rng.standard_normal((len(x), 1))
+        z = (x @ (W.T @ W) @ x.swapaxes(1, 2) - np.eye(2) * (W**2).sum()) / (D * math.sqrt(len(W)))
+        z = np.stack([z[:, 0, 0] - z[:, 0, 1], z[:, 1, 1] - z[:, 1, 0]], 1)
+        return expit(z + diagonal - beside), expit(z)
+    differ = []
+    for _ in range(12):
+        x = rng.standard_normal((2000, 2, D))
+        differ.append([4 * np.square(one - other).mean() / 2 for one, other in zip(labels(x), labels(x))])
+    assert np.allclose(np.mean(differ, 0), [best["valid/label_error"], best["valid/clean_label_error"]], rtol=.03), (np.mean(differ, 0), best)
+
+
+def posterior_label_errors(task, teacher):
+    """Of the mean of the label over all symmetric matrices that are left, which are Gaussian: the teacher's weights are, and the differences of its logits are seen with Gaussian noise."""
+    D, rows, columns = task.d_model, *np.triu_indices(task.d_model)
+    def rows_of(x):  # [2 n, D (D + 1) / 2] what a matrix of variance 1 adds to z_11 - z_12 and z_22 - z_12, and D: of variance 2 / D on the diagonal, else 1 / D
+        a, b = x[:, 0], x[:, 1]
+        both = np.where(rows == columns, 1, 2)
+        measured = lambda u, v: both / 2 * (u[:, rows] * v[:, columns] + v[:, rows] * u[:, columns])
+        parts = [measured(u, u) - (rows == columns) - measured(a, b) for u in (a, b)]
+        return np.stack(parts, 1).reshape(-1, len(rows)) * np.sqrt(np.where(rows == columns, 2, 1) / D) / math.sqrt(D)
+    x, y, _ = (part[teacher].double().numpy() for part in task.batch(task.samples, np.random.default_rng(0)).by_teacher)
+    fresh, *labels = (part[teacher].double().numpy() for part in task.batch(1000, np.random.default_rng(1)).by_teacher)
+    logit = lambda y: np.stack([np.log(y[:, 0, 0] / y[:, 0, 1]), np.log(y[:, 1, 1] / y[:, 1, 0])], 1).ravel()
+    F, G = rows_of(x), rows_of(fresh)
+    noise = np.kron(np.eye(len(x)), task.noise_variance * np.array([[1.5, .5], [.5, 1.5]]))
+    L = np.linalg.cholesky(F @ F.T + noise)
+    half = linalg.solve_triangular(L, F @ G.T, lower=True)
+    mean, left = half.T @ linalg.solve_triangular(L, logit(y), lower=True), (G**2).sum(1) - (half**2).sum(0)
+    nodes, weights = np.polynomial.hermite_e.hermegauss(40)
+    best = lambda variance: expit(mean[:, None] + np.sqrt(variance)[:, None] * nodes) @ weights / weights.sum()
+    return [4 * np.square(expit(logit(y)) - best(left + more)).mean() for y, more in zip(labels, (1.5 * task.noise_variance, 0.))]
+
+
+@pytest.mark.parametrize("ratio", [.1, .2])
+def test_the_best_label_errors_of_a_gaussian_teacher_are_those_of_its_posterior(ratio):
+    task = TeacherStudent(d_model=60, form="symmetric", sample_ratio=ratio, students=3)
+    best = {o.metric: o.value for o in task.optimum()}
+    found = np.mean([posterior_label_errors(task, i) for i in range(task.students)], 0)
+    assert np.allclose(found, [best["valid/label_error"], best["valid/clean_label_error"]], rtol=.06), (found, best)
+
+
+@pytest.mark.parametrize("ratio", [.22, .5])
+def test_students_of_a_large_ridge_have_the_predicted_error_at_dimension_100(tmp_path, ratio):
+    run = fit(TeacherStudent(sample_ratio=ratio, ridge=.1, students=2, test_size=50), runs_dir=tmp_path, steps=250, evaluations=2, progress=False)
+    found, predicted = student_table(run), erm_tied_smse(ratio, .5, .5, .1)
+    assert predicted.status == "converged" and found["valid/smse"].mean() == pytest.approx(predicted.smse, rel=.04)
+    assert (found["train/data_loss"] + found["train/regularizer"]).mean() == pytest.approx(predicted.data_loss + predicted.regularizer, rel=.03)
 
 
 def test_optimum_is_there_where_it_is_known():

@@ -126,6 +126,18 @@ def test_twenty_points_over_many_parameters_and_no_number_that_is_not_vouched_fo
             assert np.isfinite(values).all() and found.smse >= bayes_optimal_smse(alpha, rho_star, delta) - 2e-3 and 0 <= found.rank <= 1
 
 
+@pytest.mark.parametrize("alpha, rho_star, delta, lam", [(.05, .5, .5, 1e-3), (.4, .5, .5, 1e-3), (1., 1., .5, 1e-3), (.02, .5, .5, 1e-4), (.24, .5, .5, 1e-4), (.8, .3, 0., 1e-4), (1., .5, .5, 1e-5)])
+def test_a_small_ridge_gives_no_warning_and_a_number_or_a_reason_why_there_is_none(alpha, rho_star, delta, lam):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = erm_tied_smse(alpha, rho_star, delta, lam)
+    values = [value for value in dataclasses.astuple(found)[:10]]
+    if found.status.startswith("not converged"): assert len(found.status) > 20 and np.isnan(values).all() and found.spectrum is None
+    else:
+        assert found.status == "converged" or found.status.startswith("approximate")
+        assert np.isfinite(values).all() and found.smse >= bayes_optimal_smse(alpha, rho_star, delta) - 2e-3 and 0 < found.rank <= 1 and found.data_loss > 0
+
+
 def test_where_samples_jump_between_minima_there_is_no_number():
     found = erm_tied_smse(.3, .5, .5, 1e-5)  # about as many samples as parameters, and next to no ridge
     assert found.status.startswith("not converged") and math.isnan(found.smse) and math.isnan(found.rank) and found.spectrum is None

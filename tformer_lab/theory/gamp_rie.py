@@ -79,7 +79,7 @@ class GampEstimate(NamedTuple):
     S:np.ndarray # [D, D]
     error:np.ndarray # [iterations] of S by theory: squared Frobenius norm over D
     change:np.ndarray # [iterations] of S, likewise
-    residual:float # Mean square of what samples leave unexplained, over what it should be: near 1 where rho_star, delta_in and beta are the teacher's
+    residual:float # Mean square of what samples leave unexplained, over what it should be: near 1 where delta_in and beta are the teacher's; a wrong rho_star moves it by a tenth or less
     converged:bool
     status:str # 'converged' or what is wrong
 
