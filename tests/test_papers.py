@@ -218,7 +218,7 @@ def test_a_reduced_sweep_of_students_has_every_kind(reduced_students):
 
 def test_reduced_figures_of_students_show_the_best_error(reduced_students):
     figures = [output.data["application/vnd.plotly.v1+json"] for cell in reduced_students[1].cells for output in cell.get("outputs", []) if "application/vnd.plotly.v1+json" in output.get("data", {})]
-    assert [any(trace.get("name") == "Bayes-optimal" for trace in figure["data"]) for figure in figures] == [True, True, False, False, True, True, False, False, False]
+    assert [any(trace.get("name") == "Bayes-optimal" for trace in figure["data"]) for figure in figures] == [True, True, False, True, True, False, False, False]
 
 
 # Graph-structured sequences
