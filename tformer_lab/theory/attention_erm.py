@@ -15,7 +15,7 @@ from scipy.optimize import brentq
 from scipy.special import expit
 
 from ..spectra.free_convolution import FreeLaw, semicircle_law, wishart_law
-from .teacher_student import sigmoid_nodes
+from .teacher_student import check_numbers, sigmoid_nodes
 
 # %% auto #0
 __all__ = ['ThresholdedLaw', 'ErmPrediction', 'erm_tied_smse', 'Plateau', 'erm_plateau']
@@ -285,6 +285,7 @@ class ErmPrediction:
 
 # %% ../../nbs/theory/attention_erm.ipynb #b25239a8
 def _checked(rho_star, delta_in, beta, L):
+    check_numbers(rho_star=rho_star, delta_in=delta_in, beta=beta, L=L)
     if not (np.isfinite(rho_star) and rho_star > 0): raise ValueError(f"rho_star is {rho_star}: the teacher's width over D has to be above 0, and finite")
     if not (np.isfinite(delta_in) and delta_in >= 0): raise ValueError(f"delta_in is {delta_in}: the noise's variance has to be 0 or more, and finite")
     if not (np.isfinite(beta) and beta > 0): raise ValueError(f"beta is {beta}: the softmax's factor has to be above 0, and finite")
@@ -324,6 +325,7 @@ def erm_tied_smse(
 ) -> ErmPrediction:
     "What a tied student becomes that minimises the squared error of the labels and a ridge, if its width does not bind"
     _checked(rho_star, delta_in, beta, L)
+    check_numbers(alpha=alpha, lam=lam, tolerance=tolerance)
     if not (np.isfinite(alpha) and alpha > 0): raise ValueError(f"alpha is {alpha}: samples over D squared have to be above 0, and finite")
     if not (np.isfinite(lam) and lam > 0): raise ValueError(f"lam is {lam}: the ridge has to be above 0, and finite; without one there may be many minimisers")
     sample = lambda nodes: _Samples(alpha, 1 + rho_star + delta_in / 2, beta, nodes)
