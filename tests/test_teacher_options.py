@@ -1,4 +1,5 @@
 """What no theory, teacher or student is there for is refused in words."""
+import dataclasses
 import re
 
 import numpy as np
@@ -7,8 +8,10 @@ import torch
 
 from tformer_lab.data.teacher import draw_teachers, teacher_samples
 from tformer_lab.models.attention_indexed import squared_label_error
+from tformer_lab.tasks.teacher_student import TeacherStudent
 from tformer_lab.theory.attention_erm import erm_plateau, erm_tied_smse
 from tformer_lab.theory.teacher_student import bayes_optimal_smse, measurement_noise, recovery_threshold, untied_bounds
+from tformer_lab.training.parameters import Trainer
 
 
 @pytest.mark.parametrize("call, said", [
@@ -33,3 +36,19 @@ def test_a_mistyped_option_is_refused(call, said):
 
 def test_numbers_of_numpy_are_numbers():
     assert bayes_optimal_smse(np.float32(.5), np.float64(.5), np.int64(1)) == bayes_optimal_smse(.5, .5, 1)
+
+
+@pytest.mark.parametrize("form", ["tied", "symmetric"])
+@pytest.mark.parametrize("changed", [{"beta": 300.}, {"noise_variance": 1e6}])
+def test_labels_that_are_steps_have_no_optimum(form, changed):
+    task = TeacherStudent(d_model=40, form=form, **changed)
+    assert [one.metric for one in task.optimum()] == ["valid/smse"] and task.references() == [] and task.predicted_student() is None
+    assert len(TeacherStudent(d_model=40, form=form, beta=30.).optimum()) == 3
+
+
+def test_students_see_all_samples_at_once():
+    task = TeacherStudent(d_model=20)
+    trainer = Trainer(**task.defaults)
+    task.check_trainer(trainer)
+    with pytest.raises(ValueError, match=f"set batch_size to {task.samples}"): task.check_trainer(dataclasses.replace(trainer, batch_size=task.samples - 1))
+    with pytest.raises(ValueError, match="tolerance"): TeacherStudent(tolerance=float("inf"))

@@ -18,8 +18,8 @@ from ..models.attention_indexed import Output, check_output
 from ..spectra.free_convolution import FreeLaw, denoising_error, product_law, semicircle_law, wishart_law
 
 # %% auto #0
-__all__ = ['check_numbers', 'measurements', 'measurement_noise', 'recovery_threshold', 'bayes_optimal_smse', 'UntiedBounds',
-           'untied_bounds', 'sigmoid_nodes', 'label_error', 'bayes_label_error']
+__all__ = ['STEEPEST', 'check_numbers', 'measurements', 'measurement_noise', 'recovery_threshold', 'bayes_optimal_smse',
+           'UntiedBounds', 'untied_bounds', 'sigmoid_nodes', 'label_error', 'bayes_label_error']
 
 # %% ../../nbs/theory/teacher_student.ipynb #17ed9164
 def check_numbers(
@@ -163,11 +163,13 @@ def untied_bounds(
     return UntiedBounds(*(part[()] for part in found))
 
 # %% ../../nbs/theory/teacher_student.ipynb #768ff1e2
+STEEPEST = 200 # Beyond it a sigmoid is a step for these integrals
+
 def sigmoid_nodes(
     steepness:float, # Largest slope of the sigmoid's argument
 ) -> tuple[np.ndarray, np.ndarray]: # Points and their weights
     "For means over the standard normal law of functions of a sigmoid: evenly spaced, so many that they are exact in float64"
-    if steepness > 200: raise ValueError(f"beta times the logits' standard deviation is {steepness:.3g}: more than 200 is a step, not a sigmoid")
+    if steepness > STEEPEST: raise ValueError(f"beta times the logits' standard deviation is {steepness:.3g}: more than {STEEPEST} is a step, not a sigmoid; take a smaller beta, or less noise")
     step = min(.3, .75 / max(steepness, 1e-9))
     x = step * np.arange(-np.ceil(8.5 / step), np.ceil(8.5 / step) + 1)
     weight = np.exp(-x**2 / 2)
