@@ -52,3 +52,7 @@ def test_students_see_all_samples_at_once():
     task.check_trainer(trainer)
     with pytest.raises(ValueError, match=f"set batch_size to {task.samples}"): task.check_trainer(dataclasses.replace(trainer, batch_size=task.samples - 1))
     with pytest.raises(ValueError, match="tolerance"): TeacherStudent(tolerance=float("inf"))
+
+
+def test_more_samples_than_memory_are_refused():
+    with pytest.raises(ValueError, match="GiB, more than 256"): TeacherStudent(d_model=20, students=2, sample_ratio=1e9)

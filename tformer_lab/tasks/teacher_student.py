@@ -96,6 +96,8 @@ class TeacherStudent:
             if self.form in SQUARE and width != 1: raise ValueError(f"{name} is {width}: the weights of the form {self.form!r} are square, of width 1")
             if round(width * self.d_model) < 1: raise ValueError(f"{name} is {width}: with d_model = {self.d_model} that is no row; it has to be {1 / self.d_model:g} or more")
         if self.samples < 1: raise ValueError(f"sample_ratio is {self.sample_ratio}: with d_model = {self.d_model} that is no sample; it has to be {1 / self.d_model**2:g} or more")
+        size = 4 * self.students * self.samples * self.length * self.d_model / 2**30
+        if size > 256: raise ValueError(f"sample_ratio is {self.sample_ratio}: the tokens of {self.students} x {self.samples} samples take {size:.3g} GiB, more than 256; take fewer students, a smaller sample_ratio or a smaller d_model")
         return self
 
     def _rows(self, width, usual): return self.d_model if self.form in SQUARE else round((usual if width is None else width) * self.d_model)
