@@ -3,6 +3,7 @@ import warnings
 
 import numpy as np
 import pytest
+import torch
 
 from tformer_lab.spectra.free_convolution import FreeLaw, denoise, denoise_symmetric, denoising_error, product_law, semicircle_law, wishart_law
 from tformer_lab.spectra.random_matrix import MarchenkoPastur
@@ -104,6 +105,16 @@ def test_denoising_turns_with_the_matrix():
     s = x @ x.T
     np.testing.assert_allclose(denoise_symmetric(u @ s @ u.T, .01), u @ denoise_symmetric(s, .01) @ u.T, atol=1e-9)
     np.testing.assert_allclose(denoise(x, 1e-14), x, atol=1e-10)
+
+
+def test_zero_stays_zero_and_tensors_are_matrices():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert (denoise(np.zeros((3, 5)), .1) == 0).all() and (denoise_symmetric(np.zeros((4, 4)), .1) == 0).all()
+    weight = torch.nn.Linear(6, 4).weight
+    for tensor in (weight, weight.bfloat16(), weight.half()): np.testing.assert_array_equal(denoise(tensor, .01), denoise(tensor.detach().double().numpy(), .01))
+    symmetric = weight @ weight.T
+    np.testing.assert_array_equal(denoise_symmetric(symmetric, .01), denoise_symmetric(symmetric.detach().double().numpy(), .01))
 
 
 @pytest.mark.parametrize("noise", [.1, 1., 5.])

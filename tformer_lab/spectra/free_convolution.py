@@ -255,6 +255,7 @@ def _own_hilbert(values):
     return (apart / (apart**2 + width**2)).mean(1)
 
 def _checked(matrix, noise_variance):
+    if hasattr(matrix, "detach"): matrix = matrix.detach().double().cpu()  # of torch
     matrix = np.asarray(matrix, dtype=float)
     if matrix.ndim != 2 or min(matrix.shape) < 2: raise ValueError(f"the matrix has the shape {list(matrix.shape)}: it has to be [rows, columns], 2 or more of each")
     if not np.isfinite(matrix).all(): raise ValueError("the matrix holds entries that are not finite")
@@ -262,24 +263,26 @@ def _checked(matrix, noise_variance):
     return matrix
 
 def denoise_symmetric(
-    matrix:np.ndarray, # [D, D] symmetric, with noise
+    matrix:np.ndarray, # [D, D] symmetric, with noise; or a tensor of torch
     noise_variance:float, # Of an entry off the diagonal; on it the noise has twice as much
     law:FreeLaw|None=None, # Of the noisy matrix's eigenvalues; None: from the matrix itself
 ) -> np.ndarray: # [D, D]
     "The best estimate that keeps the eigenvectors"
     matrix = _checked(matrix, noise_variance)
     if matrix.shape[0] != matrix.shape[1] or not np.allclose(matrix, matrix.T, rtol=1e-6, atol=1e-9 * np.abs(matrix).max()): raise ValueError(f"the matrix, {list(matrix.shape)}, is not symmetric; denoise takes any")
+    if not matrix.any(): return matrix.copy()
     values, vectors = np.linalg.eigh(matrix)
     hilbert = _own_hilbert(values) if law is None else law.hilbert(values)
     return (vectors * (values - 2 * noise_variance * len(values) * hilbert)) @ vectors.T
 
 def denoise(
-    matrix:np.ndarray, # [rows, columns] with noise
+    matrix:np.ndarray, # [rows, columns] with noise; or a tensor of torch
     noise_variance:float, # Of an entry
     law:FreeLaw|None=None, # Of plus and minus the noisy matrix's singular values; None: from the matrix itself
 ) -> np.ndarray: # [rows, columns]
-    "The best estimate that keeps the singular vectors"
+    "The best estimate that keeps the singular vectors, of large matrices and where no few values stand out of the others: of low rank in noise cutting or shrinking those is better"
     matrix = _checked(matrix, noise_variance)
+    if not matrix.any(): return matrix.copy()
     u, values, v = np.linalg.svd(matrix, full_matrices=False)
     n, m = sorted(matrix.shape)
     hilbert = _own_hilbert(np.r_[values, -values])[:n] if law is None else law.hilbert(values)
