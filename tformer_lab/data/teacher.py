@@ -12,10 +12,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..models.attention_indexed import CENTERED, WEIGHTS, Form, Output, attention_logits, check_form, index_matrix
+from ..models.attention_indexed import CENTERED, WEIGHTS, Form, Output, attention_logits, check_form, check_output, index_matrix
 
 # %% auto #0
-__all__ = ['Noise', 'TEACHER_STREAM', 'draw_teachers', 'TeacherSamples', 'teacher_samples']
+__all__ = ['Noise', 'TEACHER_STREAM', 'draw_teachers', 'TeacherSamples', 'check_noise', 'teacher_samples']
 
 # %% ../../nbs/data/teacher.ipynb #766b179a
 Noise = Literal["symmetric", "independent"]
@@ -45,6 +45,12 @@ class TeacherSamples(NamedTuple):
         "The same with the teachers first, as they lie in memory"
         return tuple(part.transpose(0, 1) for part in self)
 
+def check_noise(
+    noise:str, # A kind of noise
+) -> None: # Raises ValueError
+    "Refuse noise that there is not"
+    if noise not in get_args(Noise): raise ValueError(f"noise is {noise!r}: it has to be symmetric or independent")
+
 def _noise(rng, count, L, kind):
     "Normal, of variance 1 on the diagonal and a half beside it"
     drawn = rng.standard_normal((count, L, L), dtype=np.float32)
@@ -65,7 +71,8 @@ def teacher_samples(
     "Tokens, and what each teacher says of its own"
     if n < 1 or L < 2: raise ValueError(f"{n} samples of {L} tokens: there have to be 1 sample and 2 tokens, or more")
     if not (math.isfinite(noise_variance) and noise_variance >= 0): raise ValueError(f"noise_variance is {noise_variance}: it has to be 0 or more, and finite")
-    if noise not in get_args(Noise): raise ValueError(f"noise is {noise!r}: it has to be symmetric or independent")
+    check_noise(noise)
+    check_output(output)
     (count, _, dim), base = teachers[0].shape, rng.integers(2**32, size=4).tolist()
     streams = [np.random.default_rng([*base, c]) for c in range(count)]
     tokens = torch.from_numpy(np.stack([stream.standard_normal((n, L, dim), dtype=np.float32) for stream in streams]))

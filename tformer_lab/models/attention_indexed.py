@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 # %% auto #0
 __all__ = ['Form', 'WEIGHTS', 'CENTERED', 'SQUARE', 'Output', 'check_form', 'index_matrix', 'compared_matrix', 'attention_logits',
-           'squared_label_error', 'AttentionIndexed']
+           'check_output', 'squared_label_error', 'AttentionIndexed']
 
 # %% ../../nbs/models/attention_indexed.ipynb #10c47fe4
 Form = Literal["tied", "untied", "symmetric", "gram"]
@@ -102,6 +102,12 @@ class _SquaredError(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad): return grad[:, None, None] * ctx.saved_tensors[0], None, None, None, None, None
 
+def check_output(
+    output:str, # A way to make labels of logits
+) -> None: # Raises ValueError
+    "Refuse labels that there are not"
+    if output not in get_args(Output): raise ValueError(f"output is {output!r}: it has to be softmax or identity")
+
 def squared_label_error(
     S:Tensor, # [count, D, D]
     tokens:Tensor, # [count, n, L, D]
@@ -111,6 +117,7 @@ def squared_label_error(
     centered:bool=True, # Take the trace off?
 ) -> Tensor: # [count]
     "Each student's sum over its samples of the squared distance of its labels"
+    check_output(output)
     return _SquaredError.apply(S, tokens, labels, beta, output, centered)
 
 # %% ../../nbs/models/attention_indexed.ipynb #b7a11777
@@ -126,7 +133,7 @@ class AttentionIndexed(nn.Module):
     ):
         check_form(form, width, dim)
         if count < 1: raise ValueError(f"count is {count}: there has to be a layer")
-        if output not in get_args(Output): raise ValueError(f"output is {output!r}: it has to be softmax or identity")
+        check_output(output)
         if not (math.isfinite(beta) and beta > 0): raise ValueError(f"beta is {beta}: an inverse temperature is above 0, and finite")
         super().__init__()
         self.dim, self.width, self.form, self.count, self.beta, self.output = dim, width, form, count, beta, output

@@ -7,10 +7,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
+from math import prod
 from typing import NamedTuple
 
 import numpy as np
 from numpy.polynomial import Polynomial
+from scipy.special import beta, betainc
 
 # %% auto #0
 __all__ = ['Quadrature', 'FreeLaw', 'semicircle_law', 'wishart_law', 'product_law', 'denoise_symmetric', 'denoise',
@@ -18,7 +20,7 @@ __all__ = ['Quadrature', 'FreeLaw', 'semicircle_law', 'wishart_law', 'product_la
 
 # %% ../../nbs/spectra/free_convolution.ipynb #5dd9c1fe
 def _roots(
-    coefficients:np.ndarray, # [..., degree + 1], the highest power first
+    coefficients:np.ndarray, # [..., degree + 1], the highest power first, which is not 0
 ) -> np.ndarray: # [..., degree] complex
     "All roots, from the eigenvalues of companion matrices"
     monic = coefficients[..., 1:] / coefficients[..., :1]
@@ -29,7 +31,7 @@ def _roots(
     return np.linalg.eigvals(companion).astype(complex)
 
 # %% ../../nbs/spectra/free_convolution.ipynb #0ad6c6aa
-_DESCENT, _NEAR = 60, 1e-3  # steps from far above the real line to this distance, in units of the law's size
+_DESCENT, _NEAR = 90, 1e-5  # steps from far above the real line to this distance, in units of the law's size
 
 def _slope(law, g):
     p, q = law._parts
@@ -46,21 +48,31 @@ def _descended(law, x):
     return g
 
 def _equation(law, x):
-    "[n, degree + 1] the polynomial in g, the highest power first"
+    "[n, degree + 1] the polynomial in 1 / g, the highest power first"
     p, q = law._parts
     n = max(len(p.coef), len(q.coef)) + 1
     padded = lambda c: np.pad(c, (0, n - len(c)))
-    return (x[:, None] * padded(np.r_[0, q.coef]) - padded(q.coef) - padded(np.r_[0, p.coef]))[:, ::-1]
+    return np.multiply.outer(x, padded(np.r_[0, q.coef])) - padded(q.coef) - padded(np.r_[0, p.coef])
 
 def _transform(law, x):
-    "[n] on the real line"
+    "[n] on the real line, not where it is infinite"
     roots = _roots(_equation(law, x))
     size = np.abs(roots)
-    chosen, open_ = roots.imag.argmin(-1), (roots.imag < -1e-9 * size).sum(-1) != 1  # where one root alone is below the real line, it is the one
+    chosen, open_ = roots.imag.argmax(-1), (roots.imag > 1e-9 * size).sum(-1) != 1  # where one root alone has g below the real line, it is the one
     if open_.any():
-        away = np.where(roots[open_].imag > 1e-9 * size[open_], np.inf, np.abs(roots[open_] - _descended(law, x[open_])[:, None]))
+        away = np.where(roots[open_].imag < -1e-9 * size[open_], np.inf, np.abs(roots[open_] * _descended(law, x[open_])[:, None] - 1))
         chosen[open_] = away.argmin(-1)
-    return np.take_along_axis(roots, chosen[:, None], -1)[:, 0]
+    return 1 / np.take_along_axis(roots, chosen[:, None], -1)[:, 0]
+
+def _everywhere(law, x):
+    "[n] on the real line; NaN for NaN"
+    g, infinite = np.where(np.isnan(x), complex(np.nan, np.nan), 0j), _infinite(law)
+    usual = np.isfinite(x)
+    if infinite and (infinite.order > 1 or infinite.mass > 0):
+        there = x == infinite.place
+        g[there], usual = complex(np.nan, -np.inf if infinite.order > 1 else 0), usual & ~there
+    if usual.any(): g[usual] = _transform(law, x[usual])
+    return g
 
 # %% ../../nbs/spectra/free_convolution.ipynb #6299a7ac
 @lru_cache(8)
@@ -70,13 +82,33 @@ def _still(law):
     g = (Polynomial([0, 0, 1]) * (p.deriv() * q - p * q.deriv()) - q * q).roots().astype(complex)
     return law.inverse(np.where(np.abs(g.imag) < 1e-7 * np.abs(g), g.real + 0j, g)[g != 0])
 
+class _Infinite(NamedTuple):
+    "Where g is infinite"
+    place:float
+    mass:float # Of an atom, if it is above 0
+    order:int # z - place falls like this power of 1 / g
+
+@lru_cache(8)
+def _infinite(law):
+    "None where R grows with g"
+    p, q = (part.coef for part in law._parts)
+    if len(p) > len(q): return None
+    place = np.pad(p, (0, len(q) - len(p)))[-1] / q[-1]
+    gone = np.abs(_equation(law, place)) <= 1e-12 * (_equation(law, 0.)**2 + (place * _equation(law, 1.))**2)**.5
+    return _Infinite(float(place) + 0., float(-_equation(law, place)[-2] / q[-1]), int(gone[::-1].argmin()))
+
+def _hard(law):
+    "Where the density is infinite, and the order there; or nothing"
+    infinite = _infinite(law)
+    return {infinite.place: infinite.order} if infinite and infinite.order > 1 else {}
+
 def _supported(law):
     "Intervals between real points where z(g) stands still and between which there is density"
     still = _still(law)
-    ends = np.sort(still[still.imag == 0].real)
+    ends = np.unique([*still[still.imag == 0].real, *_hard(law)])
     middle = (ends[1:] + ends[:-1]) / 2
     roots = _roots(_equation(law, middle))
-    filled = (roots.imag < -1e-9 * np.abs(roots)).any(-1)  # where all roots are real there is none
+    filled = (roots.imag > 1e-9 * np.abs(roots)).any(-1)  # where all roots are real there is none
     filled[filled] = law.density(middle[filled]) > 1e-9 / law.variance**.5
     found = []
     for low, high, there in zip(ends[:-1], ends[1:], filled):
@@ -85,13 +117,8 @@ def _supported(law):
     return tuple((float(low), float(high)) for low, high in found)
 
 def _atom(law):
-    "From R(g) = place + (mass - 1) / g + … for large g"
-    p, q = (part.coef for part in law._parts)
-    if len(p) > len(q) or len(q) < 2: return None
-    p = np.pad(p, (0, len(q) - len(p)))
-    place = p[-1] / q[-1]
-    mass = 1 + (p[-2] - place * q[-2]) / q[-1]
-    return (float(place), float(mass)) if mass > 1e-12 else None
+    infinite = _infinite(law)
+    return infinite[:2] if infinite and infinite.order == 1 and infinite.mass > 0 else None
 
 # %% ../../nbs/spectra/free_convolution.ipynb #8bdee524
 class Quadrature(NamedTuple):
@@ -102,27 +129,38 @@ class Quadrature(NamedTuple):
     hilbert:np.ndarray # [n]
 
 def _pieces(law, cuts=()):
-    "The support, cut where the density is sharp: at complex points near it at which z(g) stands still"
+    "The support, cut where the density is sharp: where it is infinite, and at complex points near it at which z(g) stands still"
     still = _still(law)
     for low, high in law.support:
         near = still[(still.imag > 0) & (still.imag < .1 * (high - low)) & (still.real > low) & (still.real < high)].real
-        near = np.r_[near, cuts]
+        near = np.r_[near, cuts, list(_hard(law))]
         ends = np.unique([low, *near[np.minimum(near - low, high - near) > 1e-6 * (high - low)], high])
         yield from zip(ends[:-1], ends[1:])
 
 @lru_cache(8)
 def _gauss_legendre(nodes):
-    "Angles from 0 to pi, and their weights"
-    angle, share = np.polynomial.legendre.leggauss(nodes)
-    return np.pi / 2 * (1 + angle), np.pi / 2 * share
+    "Points from 0 to 1, and their weights"
+    t, share = np.polynomial.legendre.leggauss(nodes)
+    return (1 + t) / 2, share / 2
+
+@lru_cache(16)
+def _unit(nodes, low, high):
+    "Points of [0, 1] that near its ends move with these powers: their distances from below and above, and weights"
+    t, share = _gauss_legendre(nodes)
+    return betainc(low, high, t), betainc(high, low, 1 - t), share * t**(low - 1) * (1 - t)**(high - 1) / beta(low, high)
+
+def _placed(law, nodes, low, high):
+    "Points between two ends, and the widths that they stand for"
+    order = _hard(law)
+    up, down, share = _unit(nodes, order.get(low, 2), order.get(high, 2))
+    return np.where(up < .5, low + (high - low) * up, high - (high - low) * down), (high - low) * share
 
 def _integral(law, nodes, cuts):
-    angle, share = _gauss_legendre(nodes)
-    pieces = list(_pieces(law, cuts))
-    x = np.concatenate([(low + high) / 2 - (high - low) / 2 * np.cos(angle) for low, high in pieces])
-    width = np.concatenate([(high - low) / 2 * np.sin(angle) * share for low, high in pieces])
+    x, width = np.hstack([np.empty((2, 0)), *(_placed(law, nodes, *piece) for piece in _pieces(law, cuts))])
     g = law.stieltjes(x)
     density = np.maximum(-g.imag / np.pi, 0)
+    mass = width @ density + (law.atom[1] if law.atom else 0)
+    if not abs(mass - 1) < .01: raise ValueError(f"the density's integral is {mass:.4g} and not 1: {nodes} nodes are too few, or R(g) = p(g) / q(g) with p = {law.p} and q = {law.q} is no law's")
     return Quadrature(x, width * density, density, g.real)
 
 # %% ../../nbs/spectra/free_convolution.ipynb #9bd15a27
@@ -143,8 +181,9 @@ class FreeLaw:
     def __add__(self, other:FreeLaw) -> FreeLaw:
         "Free convolution: the law of the sum, where eigenvectors lie at random to each other"
         (p, q), (r, s) = self._parts, other._parts
-        top, bottom = (p + r, q) if len(q.coef) == len(s.coef) and np.allclose(q.coef, s.coef) else (p * s + r * q, q * s)
-        return FreeLaw(tuple(top.trim().coef), tuple(bottom.trim().coef))
+        common = prod((Polynomial([-root, 1]) for root in s.roots() if np.isclose(root, q.roots(), rtol=1e-9, atol=0).any()), start=Polynomial([1.]))
+        other, own = (Polynomial((part // common).coef.real) for part in (s, q))  # no factor twice: a pole of both is a simple one
+        return FreeLaw(*(tuple(part.trim().coef) for part in (p * other + r * own, q * other)))
 
     def __mul__(self, a:float) -> FreeLaw:
         "The law of a times the matrix"
@@ -163,11 +202,11 @@ class FreeLaw:
     def stieltjes(self, x:np.ndarray|float) -> np.ndarray: # [...] complex: Hilbert transform - iπ density
         "The transform on the real line, from above"
         x = np.asarray(x, dtype=float)
-        return _transform(self, x.ravel()).reshape(x.shape)
+        return _everywhere(self, x.ravel()).reshape(x.shape)
 
-    def density(self, x:np.ndarray|float) -> np.ndarray: return np.maximum(-self.stieltjes(x).imag / np.pi, 0) # Without the atom
+    def density(self, x:np.ndarray|float) -> np.ndarray: return np.maximum(-self.stieltjes(x).imag / np.pi, 0) # Without the atom; infinite at a hard edge
 
-    def hilbert(self, x:np.ndarray|float) -> np.ndarray: return self.stieltjes(x).real # Principal value of the integral of the law over x - t
+    def hilbert(self, x:np.ndarray|float) -> np.ndarray: return self.stieltjes(x).real # Principal value of the integral of the law over x - t; NaN at an atom and at a hard edge
 
     @cached_property
     def support(self) -> tuple[tuple[float, float], ...]: return _supported(self) # Intervals, ascending; without the atom
@@ -216,6 +255,7 @@ def _own_hilbert(values):
     return (apart / (apart**2 + width**2)).mean(1)
 
 def _checked(matrix, noise_variance):
+    if hasattr(matrix, "detach"): matrix = matrix.detach().double().cpu()  # of torch
     matrix = np.asarray(matrix, dtype=float)
     if matrix.ndim != 2 or min(matrix.shape) < 2: raise ValueError(f"the matrix has the shape {list(matrix.shape)}: it has to be [rows, columns], 2 or more of each")
     if not np.isfinite(matrix).all(): raise ValueError("the matrix holds entries that are not finite")
@@ -223,24 +263,26 @@ def _checked(matrix, noise_variance):
     return matrix
 
 def denoise_symmetric(
-    matrix:np.ndarray, # [D, D] symmetric, with noise
+    matrix:np.ndarray, # [D, D] symmetric, with noise; or a tensor of torch
     noise_variance:float, # Of an entry off the diagonal; on it the noise has twice as much
     law:FreeLaw|None=None, # Of the noisy matrix's eigenvalues; None: from the matrix itself
 ) -> np.ndarray: # [D, D]
     "The best estimate that keeps the eigenvectors"
     matrix = _checked(matrix, noise_variance)
     if matrix.shape[0] != matrix.shape[1] or not np.allclose(matrix, matrix.T, rtol=1e-6, atol=1e-9 * np.abs(matrix).max()): raise ValueError(f"the matrix, {list(matrix.shape)}, is not symmetric; denoise takes any")
+    if not matrix.any(): return matrix.copy()
     values, vectors = np.linalg.eigh(matrix)
     hilbert = _own_hilbert(values) if law is None else law.hilbert(values)
     return (vectors * (values - 2 * noise_variance * len(values) * hilbert)) @ vectors.T
 
 def denoise(
-    matrix:np.ndarray, # [rows, columns] with noise
+    matrix:np.ndarray, # [rows, columns] with noise; or a tensor of torch
     noise_variance:float, # Of an entry
     law:FreeLaw|None=None, # Of plus and minus the noisy matrix's singular values; None: from the matrix itself
 ) -> np.ndarray: # [rows, columns]
-    "The best estimate that keeps the singular vectors"
+    "The best estimate that keeps the singular vectors, of large matrices and where no few values stand out of the others: of low rank in noise cutting or shrinking those is better"
     matrix = _checked(matrix, noise_variance)
+    if not matrix.any(): return matrix.copy()
     u, values, v = np.linalg.svd(matrix, full_matrices=False)
     n, m = sorted(matrix.shape)
     hilbert = _own_hilbert(np.r_[values, -values])[:n] if law is None else law.hilbert(values)

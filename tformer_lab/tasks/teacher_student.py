@@ -20,7 +20,7 @@ from ..models.attention_indexed import CENTERED, SQUARE, AttentionIndexed, Form,
 from ..runs.store import Run
 from .task import Optimum, Reference
 from ..theory.attention_erm import ErmPrediction, erm_tied_smse
-from ..theory.teacher_student import bayes_label_error, bayes_optimal_smse, label_error, untied_bounds
+from ..theory.teacher_student import STEEPEST, bayes_label_error, bayes_optimal_smse, label_error, untied_bounds
 from ..training.fit import Batches, map_batch, resumed, trained
 
 if TYPE_CHECKING: import plotly.graph_objects as go
@@ -82,7 +82,7 @@ class TeacherStudent:
     ridge:float = Field(.01, ge=0, allow_inf_nan=False) # Of the weights, lambda
     students:int = Field(8, ge=1) # With a teacher each
     teacher_seed:int = Field(0, ge=0, lt=2**32) # Of the teachers
-    tolerance:float = Field(1e-6, ge=0) # A student ends when a step moves its objective by less; 0: with the last step
+    tolerance:float = Field(1e-6, ge=0, allow_inf_nan=False) # A student ends when a step moves its objective by less; 0: with the last step
     stopping:Literal["relative", "absolute"] = "relative" # Is tolerance a share of the objective?
     test_size:int = Field(2000, ge=1) # Fresh samples of each teacher for the label errors
 
@@ -96,6 +96,8 @@ class TeacherStudent:
             if self.form in SQUARE and width != 1: raise ValueError(f"{name} is {width}: the weights of the form {self.form!r} are square, of width 1")
             if round(width * self.d_model) < 1: raise ValueError(f"{name} is {width}: with d_model = {self.d_model} that is no row; it has to be {1 / self.d_model:g} or more")
         if self.samples < 1: raise ValueError(f"sample_ratio is {self.sample_ratio}: with d_model = {self.d_model} that is no sample; it has to be {1 / self.d_model**2:g} or more")
+        size = 4 * self.students * self.samples * self.length * self.d_model / 2**30
+        if size > 256: raise ValueError(f"sample_ratio is {self.sample_ratio}: the tokens of {self.students} x {self.samples} samples take {size:.3g} GiB, more than 256; take fewer students, a smaller sample_ratio or a smaller d_model")
         return self
 
     def _rows(self, width, usual): return self.d_model if self.form in SQUARE else round((usual if width is None else width) * self.d_model)
@@ -123,6 +125,7 @@ class TeacherStudent:
     def check_trainer(self, trainer) -> None: # Raises ValueError
         "Refuse what would make it another experiment"
         if trainer.samples != self.samples: raise ValueError(f"samples = {trainer.samples}: with sample_ratio = {self.sample_ratio:g} and d_model = {self.d_model} there are {self.samples}; set sample_ratio")
+        if (trainer.batch_size or self.samples) < self.samples: raise ValueError(f"batch_size = {trainer.batch_size}: whether a student has ended is said by a step on all its {self.samples} samples; set batch_size to {self.samples}")
         if (trainer.accumulate or 1) > 1: raise ValueError(f"accumulate = {trainer.accumulate}: whether a student has ended is said by a step on all its samples at once")
         if not trainer.optimizer.startswith(("adam", "sgd", "normalized")): raise ValueError(f"optimizer = {trainer.optimizer!r}: students follow a gradient")
         if torch.distributed.is_available() and torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1: raise ValueError("teacher_student trains all its students in one process")
@@ -194,13 +197,13 @@ class TeacherStudent:
         "Means over the students, and how many have not ended"
         return {**{name: value.double().mean().item() for name, value in self.student_errors(model).items()}, "train/students": float(len(model.active))}
 
-    def optimum(self) -> list[Optimum]: # For large dimensions; of two untied tokens a bound
+    def optimum(self) -> list[Optimum]: # For large dimensions; of two untied tokens a bound; none of labels that are steps, as beta is too large for the integrals
         "The error of the weights that no student can beat"
         rho = np.inf if self.form == "symmetric" else self.widths[0] / self.d_model
         if self._bracketed: return [Optimum("valid/smse", float(_bracket(self._ratio, rho, self.noise_variance).lower), "bound")]
         if self.form not in ("tied", "symmetric"): return []
         best = float(bayes_optimal_smse(self._ratio, rho, self.noise_variance, self.length, self.output, self.label_noise))
-        labels = {"valid/label_error": True, "valid/clean_label_error": False} if self._softmax_pairs else {}
+        labels = {"valid/label_error": True, "valid/clean_label_error": False} if self._smooth_pairs else {}
         size = 1 if self.form == "symmetric" else 1 + rho
         return [Optimum("valid/smse", best, "asymptotic"), *(Optimum(metric, bayes_label_error(best, size, self.noise_variance, self.beta, noisy), "estimate") for metric, noisy in labels.items())]
 
@@ -217,9 +220,9 @@ class TeacherStudent:
         values = {"valid/smse": predicted.smse, **errors, "train/loss": predicted.data_loss + predicted.regularizer, "train/data_loss": predicted.data_loss}
         return [Reference(metric, float(value), "ridge, infinite dimension") for metric, value in values.items()]
 
-    def predicted_student(self) -> ErmPrediction|None: # None where there is no theory, or it did not come to rest
+    def predicted_student(self) -> ErmPrediction|None: # None where there is no theory, labels are steps, or it did not come to rest
         "The student of the ridge for large dimensions"
-        if self.form != "tied" or not self._softmax_pairs or self.label_noise != "symmetric": return None
+        if self.form != "tied" or not self._smooth_pairs or self.label_noise != "symmetric": return None
         found = _ridge(self._ratio, self.widths[0] / self.d_model, self.noise_variance, self.ridge, self.beta)
         return None if found.spectrum is None else found
 
@@ -234,6 +237,9 @@ class TeacherStudent:
 
     @property
     def _softmax_pairs(self): return self.length == 2 and self.output == "softmax"
+
+    @property
+    def _smooth_pairs(self): return self._softmax_pairs and self.beta * (3 * (1 + self.widths[0] / self.d_model + self.noise_variance / 2))**.5 <= STEEPEST
 
     @property
     def _bracketed(self): return self.form == "untied" and self._softmax_pairs and self.label_noise == "symmetric"

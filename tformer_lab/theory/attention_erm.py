@@ -15,7 +15,7 @@ from scipy.optimize import brentq
 from scipy.special import expit
 
 from ..spectra.free_convolution import FreeLaw, semicircle_law, wishart_law
-from .teacher_student import sigmoid_nodes
+from .teacher_student import check_numbers, sigmoid_nodes
 
 # %% auto #0
 __all__ = ['ThresholdedLaw', 'ErmPrediction', 'erm_tied_smse', 'Plateau', 'erm_plateau']
@@ -23,55 +23,79 @@ __all__ = ['ThresholdedLaw', 'ErmPrediction', 'erm_tied_smse', 'Plateau', 'erm_p
 # %% ../../nbs/theory/attention_erm.ipynb #221edf08
 def _differences(s): return np.stack([2**.5 * s[0] + s[1], 2**.5 * s[0] - s[1]])
 def _measured(t): return np.stack([(t[0] + t[1]) / 8**.5, (t[0] - t[1]) / 2])
-def _loss(s, label, beta): return 2 * np.square(expit(beta * _differences(s)) - label).sum(0)
+def _loss(p, label): return 2 * ((p - label)**2).sum(0)
 
-def _slopes(s, label, beta):
-    "[2, n] first and second derivatives of the loss by both differences"
-    p = expit(beta * _differences(s))
+def _slopes(p, label, beta):
+    "[2, n] first and second derivatives of the loss by both differences, where their sigmoids are p"
     error, slope = p - label, p * (1 - p)
     return 4 * beta * error * slope, 4 * beta**2 * slope * (slope + error * (1 - 2 * p))
 
 def _hessian(curvature, V):
-    "Of the proximal objective in s: both diagonal entries, the other one, the determinant"
+    "Of the proximal objective in s: both diagonal entries and the determinant"
     total, other = V * curvature.sum(0), V * 2**.5 * (curvature[0] - curvature[1])
-    return 1 + 2 * total, 1 + total, other, (1 + 2 * total) * (1 + total) - other**2
+    return 1 + 2 * total, 1 + total, (1 + 2 * total) * (1 + total) - other**2
 
 # %% ../../nbs/theory/attention_erm.ipynb #7ba6bea2
-def _objective(p, omega, label, V, beta): return V * _loss(p, label, beta) + .5 * np.square(p - omega).sum(0)
+def _objective(t, center, label, V, beta):
+    "[n] and the sigmoids that it comes from"
+    p, (a, b) = expit(beta * t), t - center
+    error, other = (p - label)**2
+    return 2 * V * (error + other) + .1875 * (a * a + b * b) - .125 * a * b, p
 
-def _newton_step(p, omega, label, V, beta):
+def _newton_step(p, away, label, V, beta):
     "[2, n] the step and [n] how steeply the objective falls along it"
-    slope, curvature = _slopes(p, label, beta)
-    a, b, c, det = _hessian(curvature, V)
-    bent = (a <= 0) | (det <= .01)
-    if bent.any(): a, b, c, det = _hessian(np.where(bent, np.maximum(curvature, 0), curvature), V)
-    gradient = p - omega + V * np.stack([2**.5 * slope.sum(0), slope[0] - slope[1]])
-    step = np.stack([c * gradient[1] - b * gradient[0], c * gradient[0] - a * gradient[1]]) / det
-    return step, (gradient * step).sum(0)
+    first, second = _slopes(p, label, beta)
+    curved = .375 + V * second
+    det = curved[0] * curved[1] - 1 / 64
+    bent = (curved[0] <= 0) | (det <= .00125)
+    if bent.any():
+        curved = np.where(bent, .375 + V * np.maximum(second, 0), curved)
+        det = curved[0] * curved[1] - 1 / 64
+    gradient = .375 * away - .125 * away[::-1] + V * first
+    step = -(curved[::-1] * gradient + .125 * gradient[::-1]) / det
+    return step, gradient[0] * step[0] + gradient[1] * step[1]
 
-def _descended(p, omega, label, V, beta):
-    "[2, n] the minima below the points p, and [n] the objective there"
-    p, value, moving = p.copy(), _objective(p, omega, label, V, beta), np.arange(p.shape[1])
+def _searched(at, step, fall, before, *here):
+    "Points, objective and sigmoids a step further, or a shorter one where that does not fall enough"
+    moved, share = at + step, np.ones(at.shape[1])
+    after, p = _objective(moved, *here)
+    low = lambda k: after[k] > before[k] + 1e-4 * share[k] * fall[k] + 1e-13 * (1 + before[k])
+    short = np.flatnonzero(low(slice(None)))
+    for _ in range(40):
+        if not len(short): break
+        share[short] *= .4
+        moved[:, short] = at[:, short] + share[short] * step[:, short]
+        after[short], p[:, short] = _objective(moved[:, short], *(part[:, short] for part in here[:2]), *here[2:])
+        short = short[low(short)]
+    return moved, after, p
+
+def _descended(t, center, label, V, beta, enough=1e-6):
+    "[2, n] the minima below the points t, and [n] the objective there"
+    t, moving = t.copy(), np.arange(t.shape[1])
+    value, p = _objective(t, center, label, V, beta)
+    at, before = t, value
     for _ in range(100):
-        at, here, before = p[:, moving], (omega[:, moving], label[:, moving], V, beta), value[moving]
-        step, fall = _newton_step(at, *here)
-        share = np.ones(len(moving))
-        for _ in range(40):
-            after = _objective(at + share * step, *here)
-            short = after > before + 1e-4 * share * fall + 1e-13 * (1 + before)
-            if not short.any(): break
-            share[short] *= .4
-        p[:, moving], value[moving] = at + share * step, after
-        moving = moving[np.abs(step).max(0) > 1e-9 * (1 + np.abs(at).max(0))]
-        if not len(moving): break
-    return p, value
+        step, fall = _newton_step(p, at - center, label, V, beta)
+        moved, before, p = _searched(at, step, fall, before, center, label, V, beta)
+        t[:, moving], value[moving] = moved, before
+        on = np.abs(step).max(0) > enough * (1 + np.abs(at).max(0))
+        if not on.any(): break
+        moving, at, before, p, center, label = moving[on], moved[:, on], before[on], p[:, on], center[:, on], label[:, on]
+    return t, value
 
-def _proximal(omega, truth, label, V, beta, known=()):
-    "[2, n] the lowest of the minima below several starts"
-    rows = [(mine, its, np.clip(its, -1 / beta, 1 / beta)) for mine, its in zip(_differences(omega), _differences(truth))]
-    starts = *(_measured(np.stack(pair)) for pair in product(*rows)), *known
-    points, values = zip(*(_descended(start, omega, label, V, beta) for start in starts))
-    return np.choose(np.argmin(values, 0), points)
+def _minima(center, truth, label, V, beta):
+    "All that lie below several starts: whose, and [2, minima]"
+    rows = [(mine, its, np.clip(its, -1 / beta, 1 / beta)) for mine, its in zip(center, truth)]
+    points = np.stack([_descended(np.stack(pair), center, label, V, beta, 1e-3)[0] for pair in product(*rows)])
+    other = [np.all([np.abs(point - before).max(0) > .01 for before in points[:k]], 0) * np.ones(len(label[0]), bool) for k, point in enumerate(points)]
+    which, whose = np.nonzero(other)
+    return whose, points[which, :, whose].T
+
+def _proximal(whose, points, center, label, V, beta):
+    "[2, n] the lowest minimum of each sample, and all"
+    points, values = _descended(points, center[:, whose], label[:, whose], V, beta)
+    order = np.lexsort((values, whose))
+    return points[:, order[np.diff(whose[order], prepend=-1) > 0]], points
 
 # %% ../../nbs/theory/attention_erm.ipynb #5c7a7bd7
 class _Answer(NamedTuple):
@@ -100,18 +124,27 @@ class _Samples:
     def __call__(self, m, q, V, anew=False):
         z, root, left = self.z, q**.5, max(self.power - m**2 / q, 1e-15)**.5
         omega, truth = root * z, m / root * z + left * self.rest
-        label = expit(self.beta * _differences(truth))
-        if anew or self.points is None: self.points = _proximal(omega, truth, label, V, self.beta, () if self.points is None else (self.points,))
-        else: self.points, _ = _descended(self.points, omega, label, V, self.beta)
-        return self._means((self.points - omega) / V, label, m, V, root, left)
+        center, truth = _differences(omega), _differences(truth)
+        label = expit(self.beta * truth)
+        if anew or self.points is None: self._search(np.log([m, q, V]), center, truth, label, V)
+        else: self.points, _ = _descended(self.points, center, label, V, self.beta)
+        return self._means((_measured(self.points) - omega) / V, label, m, V, root, left)
+
+    def _search(self, place, center, truth, label, V):
+        "The lowest minima: where little has changed since the last search, of those that it found"
+        if self.points is None or np.abs(place - self.searched).max() > .1:
+            self.searched = place
+            self.whose, self.minima = _minima(center, truth, label, V, self.beta)
+        self.points, self.minima = _proximal(self.whose, self.minima, center, label, V, self.beta)
 
     def _means(self, g, label, m, V, root, left):
         mean = lambda values: self.alpha * float(self.weight @ values)
         m_hat = mean((g * self.rest).sum(0)) / left
         V_hat = (m_hat * m / root - mean((g * self.z).sum(0))) / root
-        a, b, _, det = _hessian(_slopes(self.points, label, self.beta)[1], V)
+        p = expit(self.beta * self.points)
+        a, b, det = _hessian(_slopes(p, label, self.beta)[1], V)
         smooth = mean(2 - (a + b) / det) / V
-        return _Answer(m_hat, mean((g**2).sum(0)), V_hat, mean(_loss(self.points, label, self.beta)), (V_hat - smooth) / V_hat)
+        return _Answer(m_hat, mean((g**2).sum(0)), V_hat, mean(_loss(p, label)), (V_hat - smooth) / V_hat)
 
 # %% ../../nbs/theory/attention_erm.ipynb #83b64112
 @dataclass(frozen=True)
@@ -176,7 +209,7 @@ def _round(samples, x, rho_star, lam):
 
 def _settled(samples, x, rho_star, lam, tolerance, limit=80):
     "Logarithms of the order parameters, answer and student where nothing changes any more, or, as samples jump, less than the tolerance; or None"
-    past, last, best, least = [], None, None, tolerance
+    past, last, best, least, since = [], None, None, tolerance, 0
     for count in range(limit):
         found = _round(samples, x, rho_star, lam)
         if found is None:
@@ -185,8 +218,9 @@ def _settled(samples, x, rho_star, lam, tolerance, limit=80):
             past = past[-1:]
             continue
         move = np.log(found[1][:3]) - x
-        if np.abs(move).max() < least: best, least = (x, *found), np.abs(move).max()
-        if least < 1e-7: break
+        since += best is not None
+        if np.abs(move).max() < least: best, least, since = (x, *found), np.abs(move).max(), 0
+        if least < 1e-7 or since == 25: break
         past, last = [*past, (x, move)][-4:], x
         step = _anderson(past, move)
         x = x + step * min(1, 1 / np.abs(step).max())
@@ -251,6 +285,7 @@ class ErmPrediction:
 
 # %% ../../nbs/theory/attention_erm.ipynb #b25239a8
 def _checked(rho_star, delta_in, beta, L):
+    check_numbers(rho_star=rho_star, delta_in=delta_in, beta=beta, L=L)
     if not (np.isfinite(rho_star) and rho_star > 0): raise ValueError(f"rho_star is {rho_star}: the teacher's width over D has to be above 0, and finite")
     if not (np.isfinite(delta_in) and delta_in >= 0): raise ValueError(f"delta_in is {delta_in}: the noise's variance has to be 0 or more, and finite")
     if not (np.isfinite(beta) and beta > 0): raise ValueError(f"beta is {beta}: the softmax's factor has to be above 0, and finite")
@@ -290,6 +325,7 @@ def erm_tied_smse(
 ) -> ErmPrediction:
     "What a tied student becomes that minimises the squared error of the labels and a ridge, if its width does not bind"
     _checked(rho_star, delta_in, beta, L)
+    check_numbers(alpha=alpha, lam=lam, tolerance=tolerance)
     if not (np.isfinite(alpha) and alpha > 0): raise ValueError(f"alpha is {alpha}: samples over D squared have to be above 0, and finite")
     if not (np.isfinite(lam) and lam > 0): raise ValueError(f"lam is {lam}: the ridge has to be above 0, and finite; without one there may be many minimisers")
     sample = lambda nodes: _Samples(alpha, 1 + rho_star + delta_in / 2, beta, nodes)

@@ -6,24 +6,34 @@
 from __future__ import annotations
 
 from functools import cache
+from numbers import Real
 from typing import NamedTuple
 
 import numpy as np
 from scipy.optimize import brentq
 from scipy.special import expit
 
-from ..data.teacher import Noise
-from ..models.attention_indexed import Output
+from ..data.teacher import Noise, check_noise
+from ..models.attention_indexed import Output, check_output
 from ..spectra.free_convolution import FreeLaw, denoising_error, product_law, semicircle_law, wishart_law
 
 # %% auto #0
-__all__ = ['measurements', 'measurement_noise', 'recovery_threshold', 'bayes_optimal_smse', 'UntiedBounds', 'untied_bounds',
-           'sigmoid_nodes', 'label_error', 'bayes_label_error']
+__all__ = ['STEEPEST', 'check_numbers', 'measurements', 'measurement_noise', 'recovery_threshold', 'bayes_optimal_smse',
+           'UntiedBounds', 'untied_bounds', 'sigmoid_nodes', 'label_error', 'bayes_label_error']
 
 # %% ../../nbs/theory/teacher_student.ipynb #17ed9164
+def check_numbers(
+    **values:float, # By name
+) -> None: # Raises ValueError
+    "Refuse what is not one number"
+    for name, value in values.items():
+        if isinstance(value, bool) or not isinstance(value, Real): raise ValueError(f"{name} is {value!r}: it has to be one number")
+
 def _checked(alpha, rho_star, delta_in, L):
     "Sample ratios as an array, or what is wrong"
-    alpha = np.asarray(alpha, dtype=float)
+    check_numbers(rho_star=rho_star, delta_in=delta_in, L=L)
+    try: alpha = np.asarray(alpha, dtype=float)
+    except (TypeError, ValueError): raise ValueError(f"alpha is {alpha!r}: it has to be a number, or an array of numbers") from None
     if not (np.isfinite(alpha).all() and (alpha >= 0).all()): raise ValueError(f"alpha is {alpha}: samples over D squared have to be 0 or more, and finite")
     if not rho_star > 0: raise ValueError(f"rho_star is {rho_star}: the teacher's width over D has to be above 0")
     if not (np.isfinite(delta_in) and delta_in >= 0): raise ValueError(f"delta_in is {delta_in}: the noise's variance has to be 0 or more, and finite")
@@ -35,6 +45,7 @@ def measurements(
     output:Output="softmax", # Or identity: labels are the logits themselves
 ) -> int:
     "Independent measurements that a sample makes"
+    check_output(output)
     return L * (L + 1) // 2 - (output == "softmax")
 
 def _softmax_noise(L):
@@ -53,6 +64,8 @@ def measurement_noise(
     noise:Noise="symmetric", # Or independent entries
 ) -> np.ndarray: # [measurements]
     "The variance of the noise of each measurement, where an error E of the weights has variance E"
+    _checked(0., 1., delta_in, L)
+    check_noise(noise)
     count = measurements(L, output)
     if noise == "symmetric": return np.full(count, delta_in / 2)
     return delta_in * (_softmax_noise(L) if output == "softmax" else np.repeat([.5, .25], [L, count - L]))
@@ -150,11 +163,13 @@ def untied_bounds(
     return UntiedBounds(*(part[()] for part in found))
 
 # %% ../../nbs/theory/teacher_student.ipynb #768ff1e2
+STEEPEST = 200 # Beyond it a sigmoid is a step for these integrals
+
 def sigmoid_nodes(
     steepness:float, # Largest slope of the sigmoid's argument
 ) -> tuple[np.ndarray, np.ndarray]: # Points and their weights
     "For means over the standard normal law of functions of a sigmoid: evenly spaced, so many that they are exact in float64"
-    if steepness > 200: raise ValueError(f"beta times the logits' standard deviation is {steepness:.3g}: more than 200 is a step, not a sigmoid")
+    if steepness > STEEPEST: raise ValueError(f"beta times the logits' standard deviation is {steepness:.3g}: more than {STEEPEST} is a step, not a sigmoid; take a smaller beta, or less noise")
     step = min(.3, .75 / max(steepness, 1e-9))
     x = step * np.arange(-np.ceil(8.5 / step), np.ceil(8.5 / step) + 1)
     weight = np.exp(-x**2 / 2)
