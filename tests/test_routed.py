@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from tformer_lab.models.decoder import Decoder, causal_mask, flops, next_tokens, parameter_count
 from tformer_lab.models.language import language_model
-from tformer_lab.models.routed import (ROUTED, SDT, MoD, Routed, SurpriseRouter, answer, change_surprise, chosen_places, compute_some, first_places, ramp, routing,
+from tformer_lab.models.routed import (ROUTED, SDT, MoD, Routed, ScoreRouter, SurpriseRouter, answer, change_surprise, chosen_places, compute_some, first_places, ramp, routing,
                                        routing_metrics, static_surprise, trailing_mean, with_gradient_of)
 from tformer_lab.runs.store import Run
 from tformer_lab.spectra.matrices import weight_matrices
@@ -181,6 +181,87 @@ def test_change_surprise_is_a_divergence_of_normal_laws():
 def test_the_trailing_mean_is_that_of_the_last_values(window):
     x = torch.randn(2, 9, dtype=torch.float64)
     torch.testing.assert_close(trailing_mean(x, window), torch.stack([x[:, max(0, t + 1 - window):t + 1].mean(1) for t in range(9)], 1), **CLOSE)
+
+
+# The formulas that learn, by hand
+
+def under_a_mask(model, x, chosen, scale):
+    """The last block's update of the chosen tokens alone, times a scale."""
+    seen = causal_mask(TIME, TIME) & chosen[:, None, None] | torch.eye(TIME, dtype=torch.bool)
+    return (x + scale[..., None] * (model.blocks[1](x, torch.arange(TIME), seen) - x)).where(chosen[..., None], x)
+
+
+def two_blocks(kind, **options):
+    """The second is routed."""
+    torch.manual_seed(0)
+    return kind(VOCAB, D, 2, n_heads=HEADS, capacity=.5, **options).double()
+
+
+def test_mods_update_is_times_the_sigmoid_of_its_score_in_training_and_in_inference(tokens):
+    model = two_blocks(MoD)
+    router, (_, x, trained) = model.routers["1"], model.residual_stream(tokens)
+    score = (x * router.score.weight).sum(-1)
+    gate = 1 / (1 + (-score).exp())
+    assert gate.max() > .7 and gate.min() < .3
+    torch.testing.assert_close(trained, under_a_mask(model, x, score > score.sort().values[:, TIME // 2 - 1:TIME // 2], gate), **CLOSE)
+    torch.testing.assert_close(model.eval().residual_stream(tokens)[2], under_a_mask(model, x, router.causal(x) > 0, gate), **CLOSE)
+
+
+def test_mods_scores_learn_from_their_own_choice_and_are_kept_small(tokens):
+    router, scores = ScoreRouter(1), [2., -1., .5, 3.]
+    nn.init.ones_(router.score.weight)
+    found = router.losses(router(torch.tensor(scores)[None, :, None]), torch.tensor([[True, False, False, True]]))
+    assert found["score"].item() == pytest.approx(sum(math.log(1 + math.exp(x)) for x in (-2., -1., .5, -3.)) / 4) and found["z"].item() == pytest.approx((4 + 1 + .25 + 9) / 4)
+    model = two_blocks(MoD)
+    score = (model.residual_stream(tokens)[1] * model.routers["1"].score.weight).sum(-1)
+    own = torch.where(score >= score.sort().values[:, TIME // 2:TIME // 2 + 1], 1 / (1 + (-score).exp()), 1 / (1 + score.exp()))
+    assert model(tokens, auxiliary=True).losses["score"].item() == pytest.approx(-own.log().mean().item())
+
+
+@pytest.mark.parametrize("from_last", [False, True])
+def test_the_prediction_learns_from_the_change_surprise(from_last, tokens):
+    """Of a network that predicts 0 with variance 1 that is half the mean square of the residual and c; steps against its gradient lower it."""
+    model = two_blocks(ROUTED["stt" if from_last else "sdt"], residual_variance=.7)
+    router, (before, x, _) = model.routers["1"], model.residual_stream(tokens)
+    nn.init.zeros_(router.out.weight)
+    prior = lambda: model(tokens, auxiliary=True).losses["prior"]
+    assert prior().item() == pytest.approx(((x - before).square().mean().item() + .7) / 2)
+    values = [prior().item()]
+    for _ in range(3):
+        gradient, = torch.autograd.grad(prior(), router.out.weight)
+        with torch.no_grad(): router.out.weight -= 3 * gradient
+        values.append(prior().item())
+    assert values == sorted(values, reverse=True) and values[-1] < values[0] - .001
+
+
+WEIGHTS = {"router_weight": ("router", .01), "balance_weight": ("balance", 0.), "gate_warmup_weight": ("gates", 0.), "score_weight": ("score", .01), "z_weight": ("z", 1e-4), "prior_weight": ("prior", .05)}
+
+
+def test_each_weight_is_of_its_own_loss(kind, tokens):
+    own = {name: loss for name, loss in WEIGHTS.items() if name not in (("prior_weight",) if kind is MoD else ("score_weight", "z_weight"))}
+    usual = made(kind, capacity=.5)(tokens, auxiliary=True)
+    assert usual.auxiliary.item() == pytest.approx(sum(weight * usual.losses[loss].item() for loss, weight in own.values() if weight))
+    for name, (loss, _) in own.items():
+        found = made(kind, capacity=.5, **{**dict.fromkeys(own, 0.), name: 3.})(tokens, auxiliary=True)
+        assert found.auxiliary.item() == pytest.approx(3 * found.losses[loss].item()) and found.auxiliary > 0
+
+
+@pytest.mark.parametrize("name", ["log_o_ce", "m_cu"])
+@pytest.mark.parametrize("from_last", [False, True])
+def test_a_threshold_learns_as_if_the_gate_were_in_the_update(name, from_last, tokens, monkeypatch):
+    """The gradient of the language model's loss, beside differences of that loss with updates times 1 + g - g0"""
+    model = two_blocks(ROUTED["stt" if from_last else "sdt"], beta_from=1.)
+    router = model.routers["1"]
+    threshold, loss = getattr(router, name), lambda: F.cross_entropy(model(tokens[:, :-1]).flatten(0, 1), tokens[:, 1:].flatten())
+    gradient, = torch.autograd.grad(loss(), threshold)
+    before, x, _ = model.residual_stream(tokens[:, :-1])
+    gate, h, found = router(x, before, model.beta()).gate.detach(), 1e-4, []
+    monkeypatch.setattr(router, "scale", lambda signals: 1 + signals.gate.detach() - gate)
+    for sign in (1, -1):
+        with torch.no_grad(): threshold += sign * h
+        found.append(loss().item())
+        with torch.no_grad(): threshold -= sign * h
+    assert gradient.item() == pytest.approx((found[0] - found[1]) / (2 * h), rel=1e-5) and abs(gradient) > 1e-6
 
 
 # Schedules
