@@ -2,6 +2,7 @@
 import math
 import os
 import signal
+import warnings
 
 import numpy as np
 import pytest
@@ -460,7 +461,9 @@ def test_half_precision_trains(tmp_path):
     ("mod", {"capacity": 0.}, "capacity is 0.0: it has to be above 0"), ("mod", {"capacity": 1.5}, "at most 1"), ("sdt", {"every": 1}, "every is 1: it has to be 2 or more"), ("mod", {"every": 5}, "n_layers is 4: with every = 5 no block"),
     ("mod", {"every": 0}, "every is 0"), ("mod", {"z_weight": -1.}, "z_weight is -1.0"), ("stt", {"o_ce": 0.}, "o_ce is 0.0: it has to be above 0"), ("sdt", {"gates": "both"}, "one of 'either', 'expected'"),
     ("sdt", {"beta_schedule": "step"}, "one of 'linear', 'cosine'"), ("sdt", {"window": 0}, "window is 0"), ("sdt", {"learn_thresholds": False, "gate_warmup_weight": 1.}, "learn_thresholds has to be True"),
-    ("sdt", {"beta_to": math.inf}, "beta_to is inf"), ("mod", {"gate_warmup": 0}, "gate_warmup is 0")], ids=str)
+    ("sdt", {"beta_to": math.inf}, "beta_to is inf"), ("mod", {"gate_warmup": 0}, "gate_warmup is 0"), ("sdt", {"m_cu": math.nan}, "m_cu is nan"), ("stt", {"m_cu": math.inf}, "m_cu is inf"), ("sdt", {"m_cu": "1"}, "m_cu is '1'"),
+    ("mod", {"capacity": "0.5"}, "capacity is '0.5'"), ("mod", {"router_weight": "x"}, "router_weight is 'x'"), ("mod", {"z_weight": True}, "z_weight is True"), ("sdt", {"o_ce": "1"}, "o_ce is '1'"), ("sdt", {"learn_thresholds": "no"}, "learn_thresholds is 'no'"),
+    ("mod", {"every": 4, "balance_weight": .1}, "of 4 with every = 4 only one is; n_layers has to be 8 or more"), ("stt", {"every": 3, "balance_weight": .1}, "only one is")], ids=str)
 def test_models_that_cannot_be_are_refused_before_anything_is_drawn(name, options, said):
     before = torch.get_rng_state()
     with pytest.raises(ValueError, match=said): language_model(name, VOCAB, D, 4, **options)
@@ -474,9 +477,25 @@ def test_losses_with_a_state_and_choices_of_what_routes_nothing_are_refused(mode
 
 
 @pytest.mark.parametrize("given, said", [({"model": "mod", "window": 3}, "'mod' has no such parameter"), ({"model": "transformer", "capacity": .5}, "has no such parameter"), ({"model": "sdt", "n_layers": 1}, "n_layers is 1: with every = 2"),
-                                         ({"model": "sdt", "every": 1}, "every is 1"), ({"model": "mod", "capacity": 2}, "capacity = 2")], ids=str)
+                                         ({"model": "sdt", "every": 1}, "every is 1"), ({"model": "mod", "capacity": 2}, "capacity = 2"), ({"model": "mod", "balance_weight": .1}, "of 2 with every = 2 only one is; n_layers has to be 4"),
+                                         ({"model": "mod", "gate_warmup": 9}, "gate_warmup is 9: it is for a weight"), ({"model": "sdt", "gates": "expected", "m_cu": 1.}, "m_cu is 1.0: it is for unexpected changes"), ({"model": "stt", "gates": "expected", "window": 5}, "window is 5")], ids=str)
 def test_the_task_refuses_them_by_name(given, said):
     with pytest.raises(ParameterError, match=said): build(Graphical, given)
+
+
+@pytest.mark.parametrize("given", [{"model": "mod", "n_layers": 4, "balance_weight": .1}, {"model": "mod", "every": 1, "balance_weight": .1}, {"model": "mod", "balance_weight": 0.}, {"model": "mod", "balance_weight": .1, "capacity": 1}, {"model": "mod", "gate_warmup": 9, "gate_warmup_weight": .1}], ids=str)
+def test_options_that_can_act_are_taken(given): build(Graphical, given)
+
+
+@pytest.mark.parametrize("name", ["sdt", "stt"])
+def test_a_warmup_that_never_ends_is_refused_and_said_where_it_is_the_usual_one(name):
+    with pytest.raises(ParameterError, match="beta_warmup is 9: in 9 steps gates would never get sharper; it has to be less than steps"): Session(task := small(name, beta_warmup=9), trainer_for(task, steps=9, batch_size=4))
+    with pytest.warns(UserWarning, match="in 100 steps gates do not get sharper: beta_warmup is 100"): Session(task := small(name, beta_warmup=None), trainer_for(task, steps=100, batch_size=4))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for given, steps in (({"beta_warmup": None}, 101), ({"beta_warmup": 9}, 10), ({"beta_warmup": None, "capacity": 1.}, 10), ({"beta_warmup": None, "beta_from": 2., "beta_to": 2.}, 10)):
+            Session(task := small(name, **given), trainer_for(task, steps=steps, batch_size=4))
+        Session(task := small("mod"), trainer_for(task, steps=10, batch_size=4))
 
 
 def test_what_learns_from_losses_of_its_own_is_not_evolved():

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import math
+from numbers import Real
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
@@ -257,24 +258,28 @@ class Choice(NamedTuple):
     top:Tensor # bool: among those with the largest scores?
     chosen:Tensor # bool: computed?
 
+def _is_number(value): return isinstance(value, Real) and not isinstance(value, bool)
+
 def check_weights(
     **weights:float, # By name
 ) -> None: # Raises ValueError
-    "Refuse a weight that is negative"
+    "Refuse a weight that is negative, or no number"
     for name, value in weights.items():
-        if not 0 <= value < math.inf: raise ValueError(f"{name} is {value}: it has to be 0 or more, and finite")
+        if not (_is_number(value) and 0 <= value < math.inf): raise ValueError(f"{name} is {value!r}: it has to be 0 or more, and finite")
 
 def check_routing(
     capacity:float,
     every:int,
     n_layers:int,
     least:int, # Of `every`
+    balance_weight:float=0.,
 ) -> None: # Raises ValueError with what would be right
     "Refuse blocks that cannot be routed so"
     check_sizes(every=every, n_layers=n_layers)
-    if not 0 < capacity <= 1: raise ValueError(f"capacity is {capacity}: it has to be above 0, and at most 1, where every token is computed")
+    if not (_is_number(capacity) and 0 < capacity <= 1): raise ValueError(f"capacity is {capacity!r}: it has to be above 0, and at most 1, where every token is computed")
     if every < least: raise ValueError(f"every is {every}: it has to be {least} or more, since what surprises is what a block before did to every token")
     if capacity < 1 and every > n_layers: raise ValueError(f"n_layers is {n_layers}: with every = {every} no block would be routed; it has to be {every} or more, or capacity 1")
+    if balance_weight and capacity < 1 and 2 * every > n_layers: raise ValueError(f"balance_weight is {balance_weight}: it balances the load over routed blocks, and of {n_layers} with every = {every} only one is; n_layers has to be {2 * every} or more, or balance_weight 0")
 
 # %% ../../nbs/models/routed.ipynb #c07846f2
 class Routed(Decoder):
@@ -288,13 +293,13 @@ class Routed(Decoder):
         capacity:float=.75, # Share of the tokens that a routed block computes in training; 1: all, and nothing is routed
         every:int=2, # Which blocks are routed: 2, every second; 1, all
         router_weight:float=.01, # Of the causal routers' loss
-        balance_weight:float=0., # Of the loss that balances the load over routed blocks
+        balance_weight:float=0., # Of the loss that balances the load over routed blocks, of which there have to be two
         gate_warmup_weight:float=0., # Of the loss that keeps gates open, at step 0
         gate_warmup:int=100, # Steps until that weight is zero
         **decoder:Any, # `n_heads`, `feedforward`, `tied`, `rotary_base`
     ):
-        check_routing(capacity, every, n_layers, self.least_every)
         check_weights(router_weight=router_weight, balance_weight=balance_weight, gate_warmup_weight=gate_warmup_weight)
+        check_routing(capacity, every, n_layers, self.least_every, balance_weight)
         check_sizes(gate_warmup=gate_warmup)
         super().__init__(vocab_size, d_model, n_layers, **decoder)
         self.capacity, self.routed = capacity, tuple(range(every - 1, n_layers, every)) if capacity < 1 else ()
@@ -449,7 +454,7 @@ class SDT(Routed):
         gates:Literal["either", "expected"]="either", # Open where one or the other change is, or the expected alone
         beta_from:float=.1, # How sharp gates are at first
         beta_to:float=100., # And at the last step
-        beta_warmup:int=100, # Steps before that begins to grow
+        beta_warmup:int=100, # Steps before that begins to grow; in a training that is no longer it stays what it was
         beta_schedule:Literal["linear", "cosine"]="linear", # How it grows
         prior_weight:float=.05, # Of the loss of the prediction
         **options:Any, # Of `Routed` and of `Decoder`
@@ -458,7 +463,9 @@ class SDT(Routed):
         check_sizes(window=window, prior_width=prior_width)
         check_weights(prior_weight=prior_weight, beta_from=beta_from, beta_to=beta_to, beta_warmup=beta_warmup)
         for name, value in {"residual_variance": residual_variance, "o_ce": o_ce}.items():
-            if not 0 < value < math.inf: raise ValueError(f"{name} is {value}: it has to be above 0, and finite")
+            if not (_is_number(value) and 0 < value < math.inf): raise ValueError(f"{name} is {value!r}: it has to be above 0, and finite")
+        if not (_is_number(m_cu) and math.isfinite(m_cu)): raise ValueError(f"m_cu is {m_cu!r}: it has to be a finite number")
+        if not isinstance(learn_thresholds, bool): raise ValueError(f"learn_thresholds is {learn_thresholds!r}: it has to be True or False")
         for name, value, known in (("gates", gates, GATES), ("beta_schedule", beta_schedule, SCHEDULES)):
             if value not in known: raise ValueError(f"{name} is {value!r}: it has to be one of {', '.join(map(repr, known))}")
         if options.get("gate_warmup_weight") and not learn_thresholds: raise ValueError("gate_warmup_weight is for gates that can open: learn_thresholds has to be True")

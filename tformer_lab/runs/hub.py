@@ -70,7 +70,7 @@ class SavedConfig(BaseModel):
     def _fits(self):
         if self.alphabet is not None and Vocabulary(self.alphabet).size != self.vocab_size: raise ValueError(f"the alphabet has {len(self.alphabet)} characters, and vocab_size is {self.vocab_size}")
         for name, value in self.options.items(): _check_option(name, value)
-        with torch.device("meta"): language_model(self.kind, self.vocab_size, self.d_model, min(self.n_layers, max(2, int(self.options.get("every") or 2))), **self.options)
+        with torch.device("meta"): language_model(self.kind, self.vocab_size, self.d_model, min(self.n_layers, 2 * max(1, int(self.options.get("every") or 2))), **self.options)
         return self
 
 def read_config(
