@@ -404,9 +404,11 @@ def test_routing_tells_what_was_computed_and_why(model, tokens):
     if not isinstance(model, MoD): torch.testing.assert_close(found.static[0], (stream[1] - stream[0]).square().mean(-1), **CLOSE)
 
 
-def test_metrics_are_means_however_sequences_are_split(model, tokens):
-    one, parts = routing_metrics(model, tokens), routing_metrics(model, tokens, 2)
-    assert one == pytest.approx(parts, rel=1e-9) and routing_metrics(made(Decoder), tokens) == {}
+def test_metrics_are_means_however_sequences_are_split(kind, tokens):
+    model = made(kind, capacity=.5, balance_weight=1., gate_warmup_weight=1.)
+    one, parts = routing_metrics(model, tokens), [routing_metrics(model, tokens, n) for n in (1, 2)]
+    assert all(one == pytest.approx(found, rel=1e-9) for found in parts) and routing_metrics(made(Decoder), tokens) == {}
+    assert one["routing/balance_loss"] == pytest.approx(routing(model, tokens).losses["balance"]) and one["routing/balance_loss"] > 1e-6
     assert one["routing/chosen_1"] == routing(model, tokens).chosen[0].double().mean().item()
 
 

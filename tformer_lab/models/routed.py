@@ -540,10 +540,12 @@ def routing_metrics(
 ) -> dict[str, float]: # "routing/chosen_1", ..., and "routing/router_loss", ...; nothing where nothing is routed
     "What a run records of its routers"
     if not is_routed(model): return {}
-    sums, device = {}, next(model.parameters()).device
+    sums, load, device = {}, 0., next(model.parameters()).device
     for part in tokens.split(at_once):
         found = routing(model, part.to(device))
         by_block = {"chosen": found.chosen, "accuracy": found.chosen == found.top, "gate": found.gate, **({} if found.static is None else {"surprise": found.static})}
         values = {f"routing/{name}_{i}": block.double().mean().item() for name, all_blocks in by_block.items() for i, block in zip(found.blocks, all_blocks.cpu())}
         for name, value in (values | {f"routing/{name}_loss": value for name, value in found.losses.items()}).items(): sums[name] = sums.get(name, 0.) + value * len(part)
-    return {name: value / len(tokens) for name, value in sums.items()}
+        load = load + found.probability.double().mean((1, 2)).cpu() * len(part)
+    means = {name: value / len(tokens) for name, value in sums.items()}
+    return means | ({"routing/balance_loss": (load / len(tokens)).var(correction=0).item()} if "routing/balance_loss" in means else {})
