@@ -23,6 +23,8 @@ __all__ = ['SCHEDULES', 'GATES', 'ROUTED', 'compute_some', 'first_places', 'chos
            'answer', 'with_gradient_of', 'Routing', 'routing', 'routing_metrics']
 
 # %% ../../nbs/models/routed.ipynb #59e71b71
+def _scaled(x, after, scale): return after if scale is None else x + scale[..., None] * (after - x)
+
 def compute_some(
     block:nn.Module, # A decoder's
     x:Tensor, # [n, time, d_model] the stream
@@ -35,8 +37,7 @@ def compute_some(
     "The stream after a block that computes a few tokens of each sequence; the others stay as they are"
     index = places[..., None].expand(-1, -1, x.shape[-1])
     few = x.gather(1, index)
-    after = block(few, positions[places], **options)
-    if scale is not None: after = few + scale.gather(1, places)[..., None] * (after - few)
+    after = _scaled(few, block(few, positions[places], **options), None if scale is None else scale.gather(1, places))
     if real is not None: after = after.where(real[..., None], few)
     return x.scatter(1, index, after.to(x.dtype))
 
@@ -208,14 +209,15 @@ class ChosenKeyValues:
 
     def expect(self,
         n:int, # Sequences in all
-        rows:Tensor, # [r] int64, those that have something to add
-        counts:Tensor, # [r] how much of what is given next is real
+        rows:Tensor, # [r] int64, ascending: those that have something to add
+        counts:Tensor|int, # [r] how much of what is given next is real
         k:int, # How much is given
     ) -> Tensor: # [r, 1, k, slots] bool: what each of the new may see
         "Get ready for what comes next"
         if self.lengths is None: self.lengths = torch.zeros(n, dtype=torch.int64, device=rows.device)
-        self._rows, self._places = rows, self.lengths[rows][:, None] + torch.arange(k, device=rows.device)
-        self.lengths[rows] += counts
+        kept = self.lengths[rows]
+        self._rows, self._places = rows, kept[:, None] + torch.arange(k, device=rows.device)
+        self.lengths[rows] = kept + counts
         self._end = int(self._places.max()) + 1
         return (torch.arange(self._end, device=rows.device) <= self._places[..., None])[:, None]
 
@@ -230,7 +232,7 @@ class ChosenKeyValues:
             if self._kept is not None: grown[:, :, :self._kept.shape[2]] = self._kept
             self._kept = grown
         self._kept[:, self._rows[:, None], self._places] = torch.stack([keys, values]).detach().transpose(2, 3)
-        found = self._kept[:, self._rows, :self._end].transpose(2, 3)
+        found = (self._kept[:, self._rows, :self._end] if len(keys) < len(self.lengths) else self._kept[:, :, :self._end]).transpose(2, 3)
         return found[0], found[1]
 
 # %% ../../nbs/models/routed.ipynb #299321e6
@@ -365,9 +367,14 @@ class Routed(Decoder):
             seen.append(Choice(signals, odds, torch.zeros_like(chosen).scatter(1, places, True), chosen))
         rows = chosen.any(1).nonzero()[:, 0]
         if not len(rows): return x
-        few, (places, real) = x[rows], chosen_places(chosen[rows])
-        options = {} if keep is None else {"cache": keep, "mask": keep.expect(len(x), rows, real.sum(1), places.shape[1])}
-        return x.index_copy(0, rows, compute_some(self.blocks[i], few, places, positions, router.inference_scale(few), real, **options))
+        few = x[rows]
+        scale = router.inference_scale(few)
+        expected = lambda counts, k: {} if keep is None else {"cache": keep, "mask": keep.expect(len(x), rows, counts, k)}
+        if x.shape[1] == 1: after = _scaled(few, self.blocks[i](few, positions, **expected(1, 1)), scale)  # a step of generation: of one token there is nothing to take out
+        else:
+            places, real = chosen_places(chosen[rows])
+            after = compute_some(self.blocks[i], few, places, positions, scale, real, **expected(real.sum(1), real.shape[1]))
+        return x.index_copy(0, rows, after.to(x.dtype))
 
     def forward(self,
         tokens:Tensor, # [n, time] whole numbers
