@@ -2,6 +2,7 @@
 import base64
 import json
 import math
+import sys
 import threading
 from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -249,11 +250,12 @@ def test_a_model_is_not_saved_onto_a_file(run, tmp_path):
     assert (tmp_path / "model").read_text() == "mine"
 
 
-def test_command_says_the_metrics_or_what_is_wrong(run, saved, place, capsys):
+def test_command_says_the_metrics_or_what_is_wrong(run, saved, place, capsys, monkeypatch):
     assert main([str(saved), "-p", "corpus", str(place / "corpus")]) == 0
     said = dict(line.split() for line in capsys.readouterr().out.splitlines())
     assert {name: float(value) for name, value in said.items()} == pytest.approx({name: run.metrics[name].iloc[-1] for name in METRICS}, rel=1e-4)
-    for wrong in ([str(saved)], [str(saved), "-p", "corpsu", "x"], [str(place)], [str(saved), "--best", "-p", "corpus", "x"], [str(run.path), "--best"]):
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    for wrong in ([str(saved)], [str(run.path), "-p", "corpus", "hf://a/b"], [str(saved), "-p", "corpsu", "x"], [str(place)], [str(saved), "--best", "-p", "corpus", "x"], [str(run.path), "--best"]):
         assert main(wrong) == 2 and (captured := capsys.readouterr()).err and not captured.out
 
 
