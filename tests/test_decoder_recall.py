@@ -13,7 +13,7 @@ from tformer_lab.runs.hub import SavedModel, evaluate_saved
 from tformer_lab.tasks.decoder_recall import ROLES, DecoderRecall, token_roles
 from tformer_lab.tasks.task import Task, task_class
 from tformer_lab.training.fit import fit, resumed, trained
-from tformer_lab.training.parameters import ParameterError, build
+from tformer_lab.training.parameters import ParameterError, build, resolve
 
 
 def small(**other): return DecoderRecall(**{"length": 16, "d_model": 16, "n_layers": 2, "test_size": 64, **other})
@@ -104,3 +104,8 @@ def test_task_follows_the_protocol_and_refuses_what_cannot_be():
     assert isinstance(task, Task) and task_class("decoder_recall") is DecoderRecall and task.label == "mod-recall-noise0.5" and small().label == "transformer-recall"
     for wrong, said in (({"length": 4, "noise": .5}, "length is 4"), ({"vocab_size": 8}, "vocab_size is 8"), ({"model": "hawk", "capacity": .5}, "capacity is 0.5"), ({"noise": 1.}, "noise")):
         with pytest.raises(ParameterError, match=said): build(DecoderRecall, wrong)
+
+
+def test_a_parameter_of_other_tasks_is_said_to_be_theirs():
+    with pytest.raises(ParameterError, match="the task recall has no parameter 'model': it is one of decoder_recall, "): resolve({"task": "recall", "model": "mod"})
+    with pytest.raises(ParameterError, match="there is no parameter 'd_modle'; did you mean 'd_model'"): resolve({"task": "recall", "d_modle": 3})

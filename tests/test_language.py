@@ -157,7 +157,7 @@ def test_a_path_is_from_the_top_of_the_project(corpus, tmp_path, monkeypatch):
     assert small("corpus").text.fingerprint == small(corpus).text.fingerprint
 
 
-WRONG = [({"corpus": "nowhere"}, "no file or folder"), ({"corpus": "hf://one"}, "is no data set"), ({"model": "mambo"}, "did you mean 'mamba'"), ({"n_heads": 2, "model": "mingru"}, "n_heads is 2: the model 'mingru' has no such parameter"), ({"d_state": 4}, "d_state is 4: the model 'transformer' has no such parameter"),
+WRONG = [({"corpus": "nowhere"}, "no file or folder"), ({"corpus": "hf://one"}, "is no data set"), ({"corpus": ""}, "corpus = ''"), ({"model": "mambo"}, "did you mean 'mamba'"), ({"n_heads": 2, "model": "mingru"}, "n_heads is 2: the model 'mingru' has no such parameter"), ({"d_state": 4}, "d_state is 4: the model 'transformer' has no such parameter"),
          ({"d_model": 30}, "multiple of n_heads"), ({"length": 1}, "length = 1"), ({"length": 5000}, "documents for validation have"), ({"unit": "byte"}, "did you mean 'bytes'"), ({"valid_fraction": 1}, "valid_fraction = 1"),
          ({"pattern": "*.tex"}, "no file whose name matches"), ({"corpus_fingerprint": "0" * 16}, "another text than it was"), ({"corpus_fingerprint": "../x"}, "corpus_fingerprint"), ({"test_size": 1}, "test_size = 1")]
 

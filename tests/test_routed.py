@@ -2,6 +2,7 @@
 import math
 import os
 import signal
+import warnings
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from tformer_lab.models.decoder import Decoder, causal_mask, flops, next_tokens, parameter_count
 from tformer_lab.models.language import language_model
-from tformer_lab.models.routed import (ROUTED, SDT, MoD, Routed, SurpriseRouter, answer, change_surprise, chosen_places, compute_some, first_places, ramp, routing,
+from tformer_lab.models.routed import (ROUTED, SDT, MoD, Routed, ScoreRouter, SurpriseRouter, answer, change_surprise, chosen_places, compute_some, first_places, ramp, routing,
                                        routing_metrics, static_surprise, trailing_mean, with_gradient_of)
 from tformer_lab.runs.store import Run
 from tformer_lab.spectra.matrices import weight_matrices
@@ -183,6 +184,87 @@ def test_the_trailing_mean_is_that_of_the_last_values(window):
     torch.testing.assert_close(trailing_mean(x, window), torch.stack([x[:, max(0, t + 1 - window):t + 1].mean(1) for t in range(9)], 1), **CLOSE)
 
 
+# The formulas that learn, by hand
+
+def under_a_mask(model, x, chosen, scale):
+    """The last block's update of the chosen tokens alone, times a scale."""
+    seen = causal_mask(TIME, TIME) & chosen[:, None, None] | torch.eye(TIME, dtype=torch.bool)
+    return (x + scale[..., None] * (model.blocks[1](x, torch.arange(TIME), seen) - x)).where(chosen[..., None], x)
+
+
+def two_blocks(kind, **options):
+    """The second is routed."""
+    torch.manual_seed(0)
+    return kind(VOCAB, D, 2, n_heads=HEADS, capacity=.5, **options).double()
+
+
+def test_mods_update_is_times_the_sigmoid_of_its_score_in_training_and_in_inference(tokens):
+    model = two_blocks(MoD)
+    router, (_, x, trained) = model.routers["1"], model.residual_stream(tokens)
+    score = (x * router.score.weight).sum(-1)
+    gate = 1 / (1 + (-score).exp())
+    assert gate.max() > .7 and gate.min() < .3
+    torch.testing.assert_close(trained, under_a_mask(model, x, score > score.sort().values[:, TIME // 2 - 1:TIME // 2], gate), **CLOSE)
+    torch.testing.assert_close(model.eval().residual_stream(tokens)[2], under_a_mask(model, x, router.causal(x) > 0, gate), **CLOSE)
+
+
+def test_mods_scores_learn_from_their_own_choice_and_are_kept_small(tokens):
+    router, scores = ScoreRouter(1), [2., -1., .5, 3.]
+    nn.init.ones_(router.score.weight)
+    found = router.losses(router(torch.tensor(scores)[None, :, None]), torch.tensor([[True, False, False, True]]))
+    assert found["score"].item() == pytest.approx(sum(math.log(1 + math.exp(x)) for x in (-2., -1., .5, -3.)) / 4) and found["z"].item() == pytest.approx((4 + 1 + .25 + 9) / 4)
+    model = two_blocks(MoD)
+    score = (model.residual_stream(tokens)[1] * model.routers["1"].score.weight).sum(-1)
+    own = torch.where(score >= score.sort().values[:, TIME // 2:TIME // 2 + 1], 1 / (1 + (-score).exp()), 1 / (1 + score.exp()))
+    assert model(tokens, auxiliary=True).losses["score"].item() == pytest.approx(-own.log().mean().item())
+
+
+@pytest.mark.parametrize("from_last", [False, True])
+def test_the_prediction_learns_from_the_change_surprise(from_last, tokens):
+    """Of a network that predicts 0 with variance 1 that is half the mean square of the residual and c; steps against its gradient lower it."""
+    model = two_blocks(ROUTED["stt" if from_last else "sdt"], residual_variance=.7)
+    router, (before, x, _) = model.routers["1"], model.residual_stream(tokens)
+    nn.init.zeros_(router.out.weight)
+    prior = lambda: model(tokens, auxiliary=True).losses["prior"]
+    assert prior().item() == pytest.approx(((x - before).square().mean().item() + .7) / 2)
+    values = [prior().item()]
+    for _ in range(3):
+        gradient, = torch.autograd.grad(prior(), router.out.weight)
+        with torch.no_grad(): router.out.weight -= 3 * gradient
+        values.append(prior().item())
+    assert values == sorted(values, reverse=True) and values[-1] < values[0] - .001
+
+
+WEIGHTS = {"router_weight": ("router", .01), "balance_weight": ("balance", 0.), "gate_warmup_weight": ("gates", 0.), "score_weight": ("score", .01), "z_weight": ("z", 1e-4), "prior_weight": ("prior", .05)}
+
+
+def test_each_weight_is_of_its_own_loss(kind, tokens):
+    own = {name: loss for name, loss in WEIGHTS.items() if name not in (("prior_weight",) if kind is MoD else ("score_weight", "z_weight"))}
+    usual = made(kind, capacity=.5)(tokens, auxiliary=True)
+    assert usual.auxiliary.item() == pytest.approx(sum(weight * usual.losses[loss].item() for loss, weight in own.values() if weight))
+    for name, (loss, _) in own.items():
+        found = made(kind, capacity=.5, **{**dict.fromkeys(own, 0.), name: 3.})(tokens, auxiliary=True)
+        assert found.auxiliary.item() == pytest.approx(3 * found.losses[loss].item()) and found.auxiliary > 0
+
+
+@pytest.mark.parametrize("name", ["log_o_ce", "m_cu"])
+@pytest.mark.parametrize("from_last", [False, True])
+def test_a_threshold_learns_as_if_the_gate_were_in_the_update(name, from_last, tokens, monkeypatch):
+    """The gradient of the language model's loss, beside differences of that loss with updates times 1 + g - g0"""
+    model = two_blocks(ROUTED["stt" if from_last else "sdt"], beta_from=1.)
+    router = model.routers["1"]
+    threshold, loss = getattr(router, name), lambda: F.cross_entropy(model(tokens[:, :-1]).flatten(0, 1), tokens[:, 1:].flatten())
+    gradient, = torch.autograd.grad(loss(), threshold)
+    before, x, _ = model.residual_stream(tokens[:, :-1])
+    gate, h, found = router(x, before, model.beta()).gate.detach(), 1e-4, []
+    monkeypatch.setattr(router, "scale", lambda signals: 1 + signals.gate.detach() - gate)
+    for sign in (1, -1):
+        with torch.no_grad(): threshold += sign * h
+        found.append(loss().item())
+        with torch.no_grad(): threshold -= sign * h
+    assert gradient.item() == pytest.approx((found[0] - found[1]) / (2 * h), rel=1e-5) and abs(gradient) > 1e-6
+
+
 # Schedules
 
 @pytest.mark.parametrize("schedule", ["linear", "cosine"])
@@ -322,9 +404,11 @@ def test_routing_tells_what_was_computed_and_why(model, tokens):
     if not isinstance(model, MoD): torch.testing.assert_close(found.static[0], (stream[1] - stream[0]).square().mean(-1), **CLOSE)
 
 
-def test_metrics_are_means_however_sequences_are_split(model, tokens):
-    one, parts = routing_metrics(model, tokens), routing_metrics(model, tokens, 2)
-    assert one == pytest.approx(parts, rel=1e-9) and routing_metrics(made(Decoder), tokens) == {}
+def test_metrics_are_means_however_sequences_are_split(kind, tokens):
+    model = made(kind, capacity=.5, balance_weight=1., gate_warmup_weight=1.)
+    one, parts = routing_metrics(model, tokens), [routing_metrics(model, tokens, n) for n in (1, 2)]
+    assert all(one == pytest.approx(found, rel=1e-9) for found in parts) and routing_metrics(made(Decoder), tokens) == {}
+    assert one["routing/balance_loss"] == pytest.approx(routing(model, tokens).losses["balance"]) and one["routing/balance_loss"] > 1e-6
     assert one["routing/chosen_1"] == routing(model, tokens).chosen[0].double().mean().item()
 
 
@@ -379,7 +463,9 @@ def test_half_precision_trains(tmp_path):
     ("mod", {"capacity": 0.}, "capacity is 0.0: it has to be above 0"), ("mod", {"capacity": 1.5}, "at most 1"), ("sdt", {"every": 1}, "every is 1: it has to be 2 or more"), ("mod", {"every": 5}, "n_layers is 4: with every = 5 no block"),
     ("mod", {"every": 0}, "every is 0"), ("mod", {"z_weight": -1.}, "z_weight is -1.0"), ("stt", {"o_ce": 0.}, "o_ce is 0.0: it has to be above 0"), ("sdt", {"gates": "both"}, "one of 'either', 'expected'"),
     ("sdt", {"beta_schedule": "step"}, "one of 'linear', 'cosine'"), ("sdt", {"window": 0}, "window is 0"), ("sdt", {"learn_thresholds": False, "gate_warmup_weight": 1.}, "learn_thresholds has to be True"),
-    ("sdt", {"beta_to": math.inf}, "beta_to is inf"), ("mod", {"gate_warmup": 0}, "gate_warmup is 0")], ids=str)
+    ("sdt", {"beta_to": math.inf}, "beta_to is inf"), ("mod", {"gate_warmup": 0}, "gate_warmup is 0"), ("sdt", {"m_cu": math.nan}, "m_cu is nan"), ("stt", {"m_cu": math.inf}, "m_cu is inf"), ("sdt", {"m_cu": "1"}, "m_cu is '1'"),
+    ("mod", {"capacity": "0.5"}, "capacity is '0.5'"), ("mod", {"router_weight": "x"}, "router_weight is 'x'"), ("mod", {"z_weight": True}, "z_weight is True"), ("sdt", {"o_ce": "1"}, "o_ce is '1'"), ("sdt", {"learn_thresholds": "no"}, "learn_thresholds is 'no'"),
+    ("mod", {"every": 4, "balance_weight": .1}, "of 4 with every = 4 only one is; n_layers has to be 8 or more"), ("stt", {"every": 3, "balance_weight": .1}, "only one is")], ids=str)
 def test_models_that_cannot_be_are_refused_before_anything_is_drawn(name, options, said):
     before = torch.get_rng_state()
     with pytest.raises(ValueError, match=said): language_model(name, VOCAB, D, 4, **options)
@@ -393,9 +479,25 @@ def test_losses_with_a_state_and_choices_of_what_routes_nothing_are_refused(mode
 
 
 @pytest.mark.parametrize("given, said", [({"model": "mod", "window": 3}, "'mod' has no such parameter"), ({"model": "transformer", "capacity": .5}, "has no such parameter"), ({"model": "sdt", "n_layers": 1}, "n_layers is 1: with every = 2"),
-                                         ({"model": "sdt", "every": 1}, "every is 1"), ({"model": "mod", "capacity": 2}, "capacity = 2")], ids=str)
+                                         ({"model": "sdt", "every": 1}, "every is 1"), ({"model": "mod", "capacity": 2}, "capacity = 2"), ({"model": "mod", "balance_weight": .1}, "of 2 with every = 2 only one is; n_layers has to be 4"),
+                                         ({"model": "mod", "gate_warmup": 9}, "gate_warmup is 9: it is for a weight"), ({"model": "sdt", "gates": "expected", "m_cu": 1.}, "m_cu is 1.0: it is for unexpected changes"), ({"model": "stt", "gates": "expected", "window": 5}, "window is 5")], ids=str)
 def test_the_task_refuses_them_by_name(given, said):
     with pytest.raises(ParameterError, match=said): build(Graphical, given)
+
+
+@pytest.mark.parametrize("given", [{"model": "mod", "n_layers": 4, "balance_weight": .1}, {"model": "mod", "every": 1, "balance_weight": .1}, {"model": "mod", "balance_weight": 0.}, {"model": "mod", "balance_weight": .1, "capacity": 1}, {"model": "mod", "gate_warmup": 9, "gate_warmup_weight": .1}], ids=str)
+def test_options_that_can_act_are_taken(given): build(Graphical, given)
+
+
+@pytest.mark.parametrize("name", ["sdt", "stt"])
+def test_a_warmup_that_never_ends_is_refused_and_said_where_it_is_the_usual_one(name):
+    with pytest.raises(ParameterError, match="beta_warmup is 9: in 9 steps gates would never get sharper; it has to be less than steps"): Session(task := small(name, beta_warmup=9), trainer_for(task, steps=9, batch_size=4))
+    with pytest.warns(UserWarning, match="in 100 steps gates do not get sharper: beta_warmup is 100"): Session(task := small(name, beta_warmup=None), trainer_for(task, steps=100, batch_size=4))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for given, steps in (({"beta_warmup": None}, 101), ({"beta_warmup": 9}, 10), ({"beta_warmup": None, "capacity": 1.}, 10), ({"beta_warmup": None, "beta_from": 2., "beta_to": 2.}, 10)):
+            Session(task := small(name, **given), trainer_for(task, steps=steps, batch_size=4))
+        Session(task := small("mod"), trainer_for(task, steps=10, batch_size=4))
 
 
 def test_what_learns_from_losses_of_its_own_is_not_evolved():

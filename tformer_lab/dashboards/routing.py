@@ -53,9 +53,10 @@ def token_rows(
     "Sequences as rows of tokens that the model can read"
     if sequences is None: return task.test_inputs[:SHOWN]
     if isinstance(sequences, str): sequences = [sequences]
-    if len(sequences) and isinstance(sequences[0], str): return _checked(task, _encoded(task, sequences))
+    if isinstance(sequences, Sequence) and len(sequences) and isinstance(sequences[0], str): return _checked(task, _encoded(task, sequences))
     try: rows = torch.as_tensor(np.asarray(sequences))
     except ValueError: raise ValueError("the sequences are not of one length: give those that are, or one at a time") from None
+    except TypeError: raise ValueError(f"sequences are {sequences!r:.60}: they should be text, several in one list, or whole numbers [n, time]") from None
     if rows.dtype.is_floating_point or rows.dim() not in (1, 2): raise ValueError(f"sequences are {list(rows.shape)} of {str(rows.dtype).removeprefix('torch.')}: they should be text, or whole numbers [n, time]")
     return _checked(task, rows.long().reshape(-1, rows.shape[-1]))
 
@@ -224,6 +225,7 @@ def gates_table(
     "What runs recorded of their routers, in the mean over them"
     import pandas as pd
     runs = [runs] if isinstance(runs, Run) else list(runs)
+    if not runs: raise ValueError("there are no runs: give one, or several that differ in the seed alone")
     given = [_parameters(run) for run in runs]
     other = sorted({name for one in given for name in one.keys() | given[0].keys() if one.get(name) != given[0].get(name)})
     if other: raise ValueError(f"the runs differ in {', '.join(other)}: a mean is over runs that differ in the seed alone")

@@ -13,6 +13,7 @@ import os
 import re
 import sysconfig
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import cached_property
@@ -55,6 +56,7 @@ def text_files(
 ) -> dict[str, Path]: # By name, sorted; raises FileError where there is none
     "The files of a corpus"
     if corpus == "stdlib": return stdlib_files()
+    if not str(corpus): raise FileError("corpus is empty: it is 'stdlib', a path, or hf://owner/name")
     top = Path(corpus)
     if top.is_file(): return {top.name: top}
     if not top.is_dir(): raise FileError(f"there is no file or folder {top}; a corpus is 'stdlib', a path, or hf://owner/name")
@@ -74,17 +76,28 @@ def file_documents(
 # %% ../../nbs/data/text.ipynb #5133ee9f
 _HUB = re.compile(r"hf://([A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:/([A-Za-z0-9][\w.-]*))?", re.ASCII)
 
+def _streamed(corpus, load):
+    "Rows, or at which one the stream broke"
+    count = 0
+    try:
+        for row in load():
+            yield row
+            count += 1
+    except Exception as error: raise FileError(f"{corpus} cannot be read beyond {count} rows: {type(error).__name__}: {error}. Is the name right, and is there a connection?") from error  # each version of the package has kinds of its own
+
 def hub_documents(
     corpus:str, # "hf://owner/name" or "hf://owner/name/part"
-) -> Iterator[Document]: # Raises FileError or ModuleNotFoundError
+) -> Iterator[Document]: # Raises FileError
     "The rows of a data set, as they come"
     found = _HUB.fullmatch(corpus)
     if not found: raise FileError(f"{corpus!r} is no data set: it should be hf://owner/name or hf://owner/name/part")
     try: from datasets import load_dataset
-    except ModuleNotFoundError: raise ModuleNotFoundError(f'{corpus} needs the package datasets: pip install "tformer_lab[datasets]"', name="datasets") from None
-    for i, row in enumerate(load_dataset(found[1], found[2], split="train", streaming=True)):
+    except ImportError as error: raise FileError(f'{corpus} needs the package datasets: pip install "tformer_lab[datasets]" ({error})') from None
+    rows = _streamed(corpus, lambda: load_dataset(found[1], found[2], split="train", streaming=True))
+    for i, row in enumerate(rows):
         if not isinstance(row.get("text"), str): raise FileError(f"row {i} of {corpus} has no text in a column 'text'; it has {', '.join(map(repr, row))}")
-        yield Document(str(i), row["text"].encode())
+        try: yield Document(f"row {i} of {corpus}", row["text"].encode())
+        except UnicodeEncodeError as error: raise FileError(f"row {i} of {corpus} is no text: {error}") from None
 
 # %% ../../nbs/data/text.ipynb #e44dbf47
 def is_held_out(
@@ -244,7 +257,13 @@ def read_text(
     folder.mkdir(parents=True, exist_ok=True)
     with FileLock(folder / ".lock"):
         for stray in folder.glob(".*.tmp"): stray.unlink()  # of a killed process; a living one would hold the lock
-        if not (folder / "corpus.json").exists(): _write_text(folder, hub_documents(corpus) if hub else file_documents(files), origin)
+        if not (folder / "corpus.json").exists():
+            try: _write_text(folder, hub_documents(corpus) if hub else file_documents(files), origin)
+            except BaseException:  # of a corpus that is refused nothing stays
+                with suppress(OSError):
+                    (folder / ".lock").unlink()
+                    folder.rmdir()
+                raise
     return _open_text(folder, origin)
 
 # %% ../../nbs/data/text.ipynb #55a6301a

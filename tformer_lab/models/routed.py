@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import math
+from numbers import Real
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
@@ -22,6 +23,8 @@ __all__ = ['SCHEDULES', 'GATES', 'ROUTED', 'compute_some', 'first_places', 'chos
            'answer', 'with_gradient_of', 'Routing', 'routing', 'routing_metrics']
 
 # %% ../../nbs/models/routed.ipynb #59e71b71
+def _scaled(x, after, scale): return after if scale is None else x + scale[..., None] * (after - x)
+
 def compute_some(
     block:nn.Module, # A decoder's
     x:Tensor, # [n, time, d_model] the stream
@@ -34,8 +37,7 @@ def compute_some(
     "The stream after a block that computes a few tokens of each sequence; the others stay as they are"
     index = places[..., None].expand(-1, -1, x.shape[-1])
     few = x.gather(1, index)
-    after = block(few, positions[places], **options)
-    if scale is not None: after = few + scale.gather(1, places)[..., None] * (after - few)
+    after = _scaled(few, block(few, positions[places], **options), None if scale is None else scale.gather(1, places))
     if real is not None: after = after.where(real[..., None], few)
     return x.scatter(1, index, after.to(x.dtype))
 
@@ -207,14 +209,15 @@ class ChosenKeyValues:
 
     def expect(self,
         n:int, # Sequences in all
-        rows:Tensor, # [r] int64, those that have something to add
-        counts:Tensor, # [r] how much of what is given next is real
+        rows:Tensor, # [r] int64, ascending: those that have something to add
+        counts:Tensor|int, # [r] how much of what is given next is real
         k:int, # How much is given
     ) -> Tensor: # [r, 1, k, slots] bool: what each of the new may see
         "Get ready for what comes next"
         if self.lengths is None: self.lengths = torch.zeros(n, dtype=torch.int64, device=rows.device)
-        self._rows, self._places = rows, self.lengths[rows][:, None] + torch.arange(k, device=rows.device)
-        self.lengths[rows] += counts
+        kept = self.lengths[rows]
+        self._rows, self._places = rows, kept[:, None] + torch.arange(k, device=rows.device)
+        self.lengths[rows] = kept + counts
         self._end = int(self._places.max()) + 1
         return (torch.arange(self._end, device=rows.device) <= self._places[..., None])[:, None]
 
@@ -229,7 +232,7 @@ class ChosenKeyValues:
             if self._kept is not None: grown[:, :, :self._kept.shape[2]] = self._kept
             self._kept = grown
         self._kept[:, self._rows[:, None], self._places] = torch.stack([keys, values]).detach().transpose(2, 3)
-        found = self._kept[:, self._rows, :self._end].transpose(2, 3)
+        found = (self._kept[:, self._rows, :self._end] if len(keys) < len(self.lengths) else self._kept[:, :, :self._end]).transpose(2, 3)
         return found[0], found[1]
 
 # %% ../../nbs/models/routed.ipynb #299321e6
@@ -257,24 +260,28 @@ class Choice(NamedTuple):
     top:Tensor # bool: among those with the largest scores?
     chosen:Tensor # bool: computed?
 
+def _is_number(value): return isinstance(value, Real) and not isinstance(value, bool)
+
 def check_weights(
     **weights:float, # By name
 ) -> None: # Raises ValueError
-    "Refuse a weight that is negative"
+    "Refuse a weight that is negative, or no number"
     for name, value in weights.items():
-        if not 0 <= value < math.inf: raise ValueError(f"{name} is {value}: it has to be 0 or more, and finite")
+        if not (_is_number(value) and 0 <= value < math.inf): raise ValueError(f"{name} is {value!r}: it has to be 0 or more, and finite")
 
 def check_routing(
     capacity:float,
     every:int,
     n_layers:int,
     least:int, # Of `every`
+    balance_weight:float=0.,
 ) -> None: # Raises ValueError with what would be right
     "Refuse blocks that cannot be routed so"
     check_sizes(every=every, n_layers=n_layers)
-    if not 0 < capacity <= 1: raise ValueError(f"capacity is {capacity}: it has to be above 0, and at most 1, where every token is computed")
+    if not (_is_number(capacity) and 0 < capacity <= 1): raise ValueError(f"capacity is {capacity!r}: it has to be above 0, and at most 1, where every token is computed")
     if every < least: raise ValueError(f"every is {every}: it has to be {least} or more, since what surprises is what a block before did to every token")
     if capacity < 1 and every > n_layers: raise ValueError(f"n_layers is {n_layers}: with every = {every} no block would be routed; it has to be {every} or more, or capacity 1")
+    if balance_weight and capacity < 1 and 2 * every > n_layers: raise ValueError(f"balance_weight is {balance_weight}: it balances the load over routed blocks, and of {n_layers} with every = {every} only one is; n_layers has to be {2 * every} or more, or balance_weight 0")
 
 # %% ../../nbs/models/routed.ipynb #c07846f2
 class Routed(Decoder):
@@ -288,13 +295,13 @@ class Routed(Decoder):
         capacity:float=.75, # Share of the tokens that a routed block computes in training; 1: all, and nothing is routed
         every:int=2, # Which blocks are routed: 2, every second; 1, all
         router_weight:float=.01, # Of the causal routers' loss
-        balance_weight:float=0., # Of the loss that balances the load over routed blocks
+        balance_weight:float=0., # Of the loss that balances the load over routed blocks, of which there have to be two
         gate_warmup_weight:float=0., # Of the loss that keeps gates open, at step 0
         gate_warmup:int=100, # Steps until that weight is zero
         **decoder:Any, # `n_heads`, `feedforward`, `tied`, `rotary_base`
     ):
-        check_routing(capacity, every, n_layers, self.least_every)
         check_weights(router_weight=router_weight, balance_weight=balance_weight, gate_warmup_weight=gate_warmup_weight)
+        check_routing(capacity, every, n_layers, self.least_every, balance_weight)
         check_sizes(gate_warmup=gate_warmup)
         super().__init__(vocab_size, d_model, n_layers, **decoder)
         self.capacity, self.routed = capacity, tuple(range(every - 1, n_layers, every)) if capacity < 1 else ()
@@ -360,9 +367,14 @@ class Routed(Decoder):
             seen.append(Choice(signals, odds, torch.zeros_like(chosen).scatter(1, places, True), chosen))
         rows = chosen.any(1).nonzero()[:, 0]
         if not len(rows): return x
-        few, (places, real) = x[rows], chosen_places(chosen[rows])
-        options = {} if keep is None else {"cache": keep, "mask": keep.expect(len(x), rows, real.sum(1), places.shape[1])}
-        return x.index_copy(0, rows, compute_some(self.blocks[i], few, places, positions, router.inference_scale(few), real, **options))
+        few = x[rows]
+        scale = router.inference_scale(few)
+        expected = lambda counts, k: {} if keep is None else {"cache": keep, "mask": keep.expect(len(x), rows, counts, k)}
+        if x.shape[1] == 1: after = _scaled(few, self.blocks[i](few, positions, **expected(1, 1)), scale)  # a step of generation: of one token there is nothing to take out
+        else:
+            places, real = chosen_places(chosen[rows])
+            after = compute_some(self.blocks[i], few, places, positions, scale, real, **expected(real.sum(1), real.shape[1]))
+        return x.index_copy(0, rows, after.to(x.dtype))
 
     def forward(self,
         tokens:Tensor, # [n, time] whole numbers
@@ -449,7 +461,7 @@ class SDT(Routed):
         gates:Literal["either", "expected"]="either", # Open where one or the other change is, or the expected alone
         beta_from:float=.1, # How sharp gates are at first
         beta_to:float=100., # And at the last step
-        beta_warmup:int=100, # Steps before that begins to grow
+        beta_warmup:int=100, # Steps before that begins to grow; in a training that is no longer it stays what it was
         beta_schedule:Literal["linear", "cosine"]="linear", # How it grows
         prior_weight:float=.05, # Of the loss of the prediction
         **options:Any, # Of `Routed` and of `Decoder`
@@ -458,7 +470,9 @@ class SDT(Routed):
         check_sizes(window=window, prior_width=prior_width)
         check_weights(prior_weight=prior_weight, beta_from=beta_from, beta_to=beta_to, beta_warmup=beta_warmup)
         for name, value in {"residual_variance": residual_variance, "o_ce": o_ce}.items():
-            if not 0 < value < math.inf: raise ValueError(f"{name} is {value}: it has to be above 0, and finite")
+            if not (_is_number(value) and 0 < value < math.inf): raise ValueError(f"{name} is {value!r}: it has to be above 0, and finite")
+        if not (_is_number(m_cu) and math.isfinite(m_cu)): raise ValueError(f"m_cu is {m_cu!r}: it has to be a finite number")
+        if not isinstance(learn_thresholds, bool): raise ValueError(f"learn_thresholds is {learn_thresholds!r}: it has to be True or False")
         for name, value, known in (("gates", gates, GATES), ("beta_schedule", beta_schedule, SCHEDULES)):
             if value not in known: raise ValueError(f"{name} is {value!r}: it has to be one of {', '.join(map(repr, known))}")
         if options.get("gate_warmup_weight") and not learn_thresholds: raise ValueError("gate_warmup_weight is for gates that can open: learn_thresholds has to be True")
@@ -533,10 +547,12 @@ def routing_metrics(
 ) -> dict[str, float]: # "routing/chosen_1", ..., and "routing/router_loss", ...; nothing where nothing is routed
     "What a run records of its routers"
     if not is_routed(model): return {}
-    sums, device = {}, next(model.parameters()).device
+    sums, load, device = {}, 0., next(model.parameters()).device
     for part in tokens.split(at_once):
         found = routing(model, part.to(device))
         by_block = {"chosen": found.chosen, "accuracy": found.chosen == found.top, "gate": found.gate, **({} if found.static is None else {"surprise": found.static})}
         values = {f"routing/{name}_{i}": block.double().mean().item() for name, all_blocks in by_block.items() for i, block in zip(found.blocks, all_blocks.cpu())}
         for name, value in (values | {f"routing/{name}_loss": value for name, value in found.losses.items()}).items(): sums[name] = sums.get(name, 0.) + value * len(part)
-    return {name: value / len(tokens) for name, value in sums.items()}
+        load = load + found.probability.double().mean((1, 2)).cpu() * len(part)
+    means = {name: value / len(tokens) for name, value in sums.items()}
+    return means | ({"routing/balance_loss": (load / len(tokens)).var(correction=0).item()} if "routing/balance_loss" in means else {})

@@ -29,7 +29,7 @@ from ..storage import FileError, read_safetensors, write_atomically
 from ..tasks.next_token import NextToken
 from ..tasks.task import Optimum, Reference, task_class
 from ..training.fit import resumed, trained
-from ..training.parameters import ParameterError, build, check_names, field_names, parameter_values
+from ..training.parameters import ParameterError, Trainer, build, check_names, field_names, parameter_values
 
 # %% auto #0
 __all__ = ['CONFIG', 'WEIGHTS', 'TIMEOUT', 'HubError', 'SavedConfig', 'read_config', 'build_model', 'model_card', 'SavedModel',
@@ -70,7 +70,7 @@ class SavedConfig(BaseModel):
     def _fits(self):
         if self.alphabet is not None and Vocabulary(self.alphabet).size != self.vocab_size: raise ValueError(f"the alphabet has {len(self.alphabet)} characters, and vocab_size is {self.vocab_size}")
         for name, value in self.options.items(): _check_option(name, value)
-        with torch.device("meta"): language_model(self.kind, self.vocab_size, self.d_model, min(self.n_layers, max(2, int(self.options.get("every") or 2))), **self.options)
+        with torch.device("meta"): language_model(self.kind, self.vocab_size, self.d_model, min(self.n_layers, 2 * max(1, int(self.options.get("every") or 2))), **self.options)
         return self
 
 def read_config(
@@ -146,7 +146,7 @@ def _why(error, what):
     if status in (401, 403): return f"{what}: {endpoint} refuses ({status}). Is the name right? If so, log in with `hf auth login`, or give a token that may {'write' if 'push' in what else 'read'} it"
     if status == 404: return f"{what}: {endpoint} has no such model, or it lacks a file ({status})"
     if status is not None: return f"{what}: {endpoint} answers {status}"
-    return f"{what}: no answer from {endpoint}, nor is it kept here ({type(error).__name__}). Is there a connection? HF_ENDPOINT names another hub"
+    return f"{what}: no answer from {endpoint}{'' if 'push' in what else ', nor is it kept here'} ({type(error).__name__}). Is there a connection? HF_ENDPOINT names another hub"
 
 def _fetch(source, name, **options):
     "A file of a model, in a folder or from the hub"
@@ -200,6 +200,14 @@ class SavedModel(ModelHubMixin):
         "What tokens stand for, of a model of text"
         return Vocabulary(self.config.alphabet)
 
+    def save_pretrained(self,
+        save_directory:str|Path, # Made if it is not there
+        **options, # Of the mixin
+    ) -> str|None: # Address of the commit, if it is pushed, too; raises HubError
+        "Write its files into a folder"
+        if Path(save_directory).exists() and not Path(save_directory).is_dir(): raise HubError(f"{save_directory} is a file: a model is saved as a folder")
+        return super().save_pretrained(save_directory, **options)
+
     def _save_pretrained(self, save_directory):
         weights = {name: t.detach().cpu().contiguous() for name, t in self.model.state_dict().items()}
         write_atomically(save_directory / WEIGHTS, save(weights, {"format": "pt"}))
@@ -243,31 +251,58 @@ class SavedModel(ModelHubMixin):
         return cls(build_model(config, read_safetensors(path, "pt")[0], path), config)
 
 # %% ../../nbs/runs/hub.ipynb #53b57000
+_DATA = {  # what of a task a trained model may be evaluated on
+    "language": ("corpus", "corpus_bytes", "corpus_fingerprint", "length", "pattern", "test_size", "valid_fraction"),
+    "graphical": ("concentration", "graph", "graph_fingerprint", "kernel_seed", "length", "observed_concentration", "test_size"),
+    "decoder_recall": ("length", "n_outputs", "n_triggers", "noise", "test_size")}
+_FINGERPRINTED = {"corpus", "corpus_bytes", "pattern", "valid_fraction", "graph"}
+
+def _check_data(kind, given): # Raises ParameterError
+    "Refuse parameters that are not of the data"
+    check_names(given, field_names(kind) | field_names(Trainer))
+    may = [name for name in _DATA.get(kind.name, ("test_size",)) if name in field_names(kind)]
+    for name, value in given.items():
+        if name not in may: raise ParameterError(f"{name} = {value!r}: the model is evaluated as it was trained; of the task {kind.name} " + (f"{', '.join(may)} may be changed" if may else "nothing may be changed"))
+
+def _with_data(kind, values, given):
+    "A task with other data"
+    if _FINGERPRINTED & given.keys(): values = {name: value for name, value in values.items() if not name.endswith("_fingerprint")}
+    return build(kind, {**values, **given})
+
 def _saved_task(saved, given):
     "The task of a saved model"
     name = saved.config.task
     if name not in _PLACES: raise HubError(f"the model was trained on the task {name!r}: those that evaluate language models are {', '.join(_PLACES)}")
-    place, kind, values = _PLACES[name], task_class(name), dict(saved.config.parameters)
-    check_names(given, field_names(kind))
+    place, kind, values = _PLACES[name], task_class(name), saved.config.parameters
+    _check_data(kind, given)
     if place and place not in given and values.get(place) != "stdlib": raise ParameterError(f"{place} was {values.get(place)!r} where the model was trained: give {place} for the same here")
-    if place in given: values = {key: value for key, value in values.items() if not key.endswith("_fingerprint")}
-    return build(kind, {**values, **given})
+    return _with_data(kind, values, given)
+
+# %% ../../nbs/runs/hub.ipynb #08a048df
+def _check_tokens(task, model, alphabet): # Raises HubError
+    "Refuse data with other tokens than the model's"
+    text = getattr(task, "text", None)
+    if text is not None and text.vocabulary.alphabet != alphabet: raise HubError("the text has other characters than the one that the model was trained on, or in another order")
+    if isinstance(model, LanguageModel) and task.vocab_size != model.vocab_size: raise HubError(f"the data have {task.vocab_size} different tokens, and the model knows {model.vocab_size}")
 
 def evaluate_saved(
     source:str|Path|Run, # A run or its folder, a folder with a saved model, or "owner/name" on the hub
     best:bool=False, # Of a run: with the weights of its best evaluation?
-    **given, # Parameters of the task to change: corpus, length, test_size, …
+    **given, # Parameters of the task to change, those of its data: corpus, length, test_size, …
 ) -> dict[str, float]: # As the task's evaluation: valid/loss, valid/perplexity, valid/bits_per_byte
     "Metrics of a model that is loaded back from its file"
     if isinstance(source, Run) or (Path(source) / "config.yaml").is_file():
         run = source if isinstance(source, Run) else Run(source)
-        return {name: float(value) for name, value in resumed(run, **given)[0].evaluate(trained(run, best=best)).items()}
-    if best: raise HubError(f"{source} is no run: best is for those")
-    saved = SavedModel.from_pretrained(source)
-    task = _saved_task(saved, given)
-    text = getattr(task, "text", None)
-    if text is not None and text.vocabulary.alphabet != saved.config.alphabet: raise HubError("the text has other characters than the one that the model was trained on, or in another order")
-    return {name: float(value) for name, value in task.evaluate(saved.model).items()}
+        own = resumed(run)[0]
+        _check_data(type(own), given)
+        task = _with_data(type(own), parameter_values(own), given)
+        model, alphabet = trained(run, best=best), own.text.vocabulary.alphabet if hasattr(own, "text") else None
+    elif best: raise HubError(f"{source} is no run: best is for those")
+    else:
+        saved = SavedModel.from_pretrained(source)
+        task, model, alphabet = _saved_task(saved, given), saved.model, saved.config.alphabet
+    _check_tokens(task, model, alphabet)
+    return {name: float(value) for name, value in task.evaluate(model).items()}
 
 # %% ../../nbs/runs/hub.ipynb #36ef04f5
 def main(
@@ -277,7 +312,7 @@ def main(
     import argparse
     parser = argparse.ArgumentParser(prog="tformer-evaluate", description="Evaluate a trained model that is loaded back from its file.")
     parser.add_argument("source", help="a run's folder, a folder with a saved model, or owner/name on the Hugging Face hub")
-    parser.add_argument("-p", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"), dest="parameters", help="a parameter of the task to change: -p test_size 1000")
+    parser.add_argument("-p", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"), dest="parameters", help="a parameter of the task's data to change: -p test_size 1000, -p corpus books")
     parser.add_argument("--best", action="store_true", help="of a run: the weights of its best evaluation")
     args = parser.parse_args(argv)
     try: found = evaluate_saved(args.source, args.best, **{name: listed(value) for name, value in args.parameters})

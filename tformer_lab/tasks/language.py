@@ -66,7 +66,7 @@ def context_figure(
 @dataclass(config=ConfigDict(extra="forbid"), frozen=True, kw_only=True)
 class Language(NextToken):
     "Predict the next byte or character of a text"
-    corpus:str = "stdlib" # The sources of Python's standard library; or a file or folder, from the top of the project or absolute; or hf://owner/name
+    corpus:str = Field("stdlib", min_length=1) # The sources of Python's standard library; or a file or folder, from the top of the project or absolute; or hf://owner/name
     unit:Literal["bytes", "characters"] = "bytes" # What is a token?
     pattern:str|None = None # That names of a folder's files have to match, "*.txt"; None: all
     corpus_bytes:int|None = Field(None, ge=1) # Documents are read until they have so many; None: all

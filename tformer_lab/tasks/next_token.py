@@ -5,6 +5,7 @@
 # %% ../../nbs/tasks/next_token.ipynb #55dc4b32
 from __future__ import annotations
 
+import warnings
 from typing import Literal, NamedTuple
 
 import torch
@@ -54,9 +55,9 @@ class NextToken:
     capacity:float|None = Field(None, gt=0, le=1) # mod, sdt, stt: share of the tokens that a routed block computes in training; 1: nothing is routed; None: 0.75
     every:int|None = Field(None, ge=1) # mod, sdt, stt: which blocks are routed, 2: every second, 1: all (mod); None: 2
     router_weight:float|None = Field(None, ge=0, allow_inf_nan=False) # mod, sdt, stt: of the loss of the causal routers, which decide in inference; None: 0.01
-    balance_weight:float|None = Field(None, ge=0, allow_inf_nan=False) # mod, sdt, stt: of the loss that balances the load over routed blocks; None: 0
+    balance_weight:float|None = Field(None, ge=0, allow_inf_nan=False) # mod, sdt, stt: of the loss that balances the load over routed blocks, two at least; None: 0
     gate_warmup_weight:float|None = Field(None, ge=0, allow_inf_nan=False) # mod, sdt, stt: of the loss that keeps gates open, at step 0; None: 0
-    gate_warmup:int|None = Field(None, ge=1) # mod, sdt, stt: steps until that weight is zero; None: 100
+    gate_warmup:int|None = Field(None, ge=1) # mod, sdt, stt: steps until that weight is zero, where it is above 0; None: 100
     score_weight:float|None = Field(None, ge=0, allow_inf_nan=False) # mod: of the scores' cross-entropy on their own choice; None: 0.01
     z_weight:float|None = Field(None, ge=0, allow_inf_nan=False) # mod: of the mean squared score; None: 0.0001
     residual_variance:float|None = Field(None, gt=0, allow_inf_nan=False) # sdt, stt: c, around the residual; None: 1
@@ -68,7 +69,7 @@ class NextToken:
     gates:Literal["either", "expected"]|None = None # sdt, stt: open where one or the other change is, or the expected alone; None: either
     beta_from:float|None = Field(None, ge=0, allow_inf_nan=False) # sdt, stt: how sharp gates are at first; None: 0.1
     beta_to:float|None = Field(None, ge=0, allow_inf_nan=False) # sdt, stt: and at the last step; None: 100
-    beta_warmup:int|None = Field(None, ge=0) # sdt, stt: steps before that begins to grow; None: 100
+    beta_warmup:int|None = Field(None, ge=0) # sdt, stt: steps before that begins to grow, fewer than there are; None: 100
     beta_schedule:Literal["linear", "cosine"]|None = None # sdt, stt: how it grows; None: linear
     prior_weight:float|None = Field(None, ge=0, allow_inf_nan=False) # sdt, stt: of the loss of the prediction; None: 0.05
 
@@ -78,12 +79,19 @@ class NextToken:
         return self.architecture in ROUTED and self.capacity != 1
 
     def check_model(self) -> None: # Raises ValueError
-        "Refuse what no model can be built from"
-        with torch.random.fork_rng([]): self._model(min(self.n_layers, self.every or 2))  # as many blocks as one that is routed needs
+        "Refuse what no model can be built from, and what would do nothing in it"
+        with torch.random.fork_rng([]): self._model(min(self.n_layers, 2 * (self.every or 2)))  # as many blocks as two that are routed need
+        if self.gate_warmup is not None and not self.gate_warmup_weight: raise ValueError(f"gate_warmup is {self.gate_warmup}: it is for a weight, gate_warmup_weight, above 0")
+        for name in ("m_cu", "window") if self.gates == "expected" else ():
+            if (value := getattr(self, name)) is not None: raise ValueError(f"{name} is {value}: it is for unexpected changes, which gates = 'expected' do not look at")
 
     def check_trainer(self, trainer) -> None: # Raises ValueError
-        "Refuse to evolve what learns from losses of its own"
+        "Refuse to evolve what learns from losses of its own, and a warm-up that never ends"
         if self.routed and trainer.optimizer in ("es", "ga"): raise ValueError(f"optimizer = {trainer.optimizer!r}: the routers of {self.architecture!r} learn from losses of their own, by their gradients; take an optimizer that follows one, adam")
+        if not self.routed or "beta_warmup" not in own_options(self.architecture) or self.beta_to is not None and self.beta_from == self.beta_to: return
+        if trainer.steps <= (100 if self.beta_warmup is None else self.beta_warmup):
+            if self.beta_warmup is not None: raise ValueError(f"beta_warmup is {self.beta_warmup}: in {trainer.steps} steps gates would never get sharper; it has to be less than steps")
+            warnings.warn(f"in {trainer.steps} steps gates do not get sharper: beta_warmup is 100 unless another one is given", stacklevel=2)
 
     def _model(self, n_layers):
         given = {name: value for name in OPTIONS if (value := getattr(self, name)) is not None}

@@ -14,7 +14,7 @@ from typing import Any, Literal
 from pydantic import ConfigDict, Field, ValidationError, model_validator
 from pydantic.dataclasses import dataclass
 
-from ..tasks.task import Task, task_class
+from ..tasks.task import TASKS, Task, task_class
 
 # %% auto #0
 __all__ = ['OWN', 'TRACE_WARMUP', 'Trainer', 'ParameterError', 'did_you_mean', 'build', 'check_names', 'field_names',
@@ -160,6 +160,14 @@ def trainer_for(
     usual = {name: value for name, value in usual.items() if name in _own(optimizer) or name not in _SPECIAL}
     return build(Trainer, {**usual, **given})
 
+def _check_task_names(given, kind, others): # Raises ParameterError
+    "Refuse names that a task and its trainer do not know, saying whose they are"
+    known = field_names(kind) | field_names(Trainer) | {"task", *others}
+    for name in given:
+        if name not in known and (tasks := [task for task in TASKS if name in field_names(task_class(task))]):
+            raise ParameterError(f"the task {given.get('task', 'recall')} has no parameter {name!r}: it is one of {', '.join(tasks)}")
+    check_names(given, known)
+
 def resolve(
     given:Mapping[str, Any], # Parameters by name, "task" among them; None for a default
     others:Iterable[str]=(), # Further names that are right, and not looked at
@@ -168,7 +176,7 @@ def resolve(
     try: kind = task_class(given.get("task", "recall"))
     except LookupError as error: raise ParameterError(f"task = {given['task']!r}: {error}") from None
     given = {name: value for name, value in given.items() if value is not None and name not in {"task", *others}}
-    check_names(given, field_names(kind) | field_names(Trainer) | {"task", *others})
+    _check_task_names(given, kind, others)
     task = build(kind, {name: value for name, value in given.items() if name in field_names(kind)})
     trainer = trainer_for(task, **{name: value for name, value in given.items() if name in field_names(Trainer)})
     if given.get("dropout") and trainer.optimizer in OWN: raise ParameterError(f"dropout = {given['dropout']}: it is for optimizers that follow a gradient; {trainer.optimizer} switches it off")
