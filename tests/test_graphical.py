@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import signal
 import time
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -18,9 +19,9 @@ from tformer_lab.data import graphical
 from tformer_lab.data.graphical import GraphStream, draw_context, draw_kernels, kernel_table, generate, generate_states, log_dirichlet, sequence_block, shape_rows, stored_sequences
 from tformer_lab.data.graphs import GraphError, graph_figure, graph_yaml, make_graph, parse_graph, read_graph
 from tformer_lab.storage import FileError
-from tformer_lab.theory.graph_bounds import entropy_bounds, likelihood_bounds
+from tformer_lab.theory.graph_bounds import entropy_bounds, likelihood_bounds, particle_bounds, per_token
 from tformer_lab.theory.graph_entropy import calibrate, compressed_size, entropy_rate, position_entropies, stationary_law, token_entropies
-from tformer_lab.theory.graphical import filtered_states, log_likelihood, predict
+from tformer_lab.theory.graphical import exact_work, filtered_states, log_likelihood, past_size, predict
 
 EXAMPLES = Path(__file__).parents[1] / "nbs/papers/graphs"
 
@@ -443,6 +444,61 @@ def test_compressors_do_not_pass_below_the_entropy_of_long_data():
 
 
 # bounds
+
+@contexts
+def test_particles_bracket_the_exact_likelihood_of_every_kind(nodes):
+    kernels = draw_kernels(make_graph(nodes))
+    found = particle_bounds(kernels, n=48, length=8, particles=12)
+    exact = log_likelihood(kernels, found.tokens)[:, -1].numpy()
+    for bound, sign in ((found.lower, -1), (found.upper, 1)):
+        gap = sign * (bound - exact)
+        assert gap.mean() > -3.5 * gap.std() / math.sqrt(48) and abs(gap.mean()) < .3
+    again = particle_bounds(kernels, n=48, length=8, particles=12)
+    assert (again.lower == found.lower).all() and (again.upper == found.upper).all() and (again.tokens == found.tokens).all()
+    bracket = per_token(found)
+    assert bracket.lower.value == pytest.approx(-found.upper.mean() / 7) and bracket.upper.error == pytest.approx(found.lower.std(ddof=1) / math.sqrt(48) / 7)
+
+
+def test_few_particles_are_right_in_the_mean():
+    """Of p, and of 1/p where the true past is kept: few particles and many sequences of three tokens, whose laws are enumerated."""
+    kernels = draw_kernels(make_graph([node("Z"), seen("Z", mode="context", concentration=.5)]))
+    found = particle_bounds(kernels, n=40_000, length=4, particles=2)
+    x, place = np.unique(found.tokens.numpy(), axis=0, return_inverse=True)
+    p = log_likelihood(kernels, x)[:, -1].exp().numpy()
+    for values, wanted in ((np.exp(found.lower), p), (np.exp(-found.upper), 1 / p)):
+        for k in np.flatnonzero(np.bincount(place.ravel()) > 400):
+            own = values[place.ravel() == k]
+            assert abs(own.mean() - wanted[k]) < 4.5 * own.std(ddof=1) / math.sqrt(len(own)) + 1e-9 * wanted[k]
+
+
+@contexts
+def test_no_more_pasts_come_than_were_foretold(nodes):
+    kernels = draw_kernels(make_graph(nodes))
+    names, x = kernels.graph.ancestors, generate(kernels, 6, 6, np.random.default_rng(2))
+    counted = [name for name in (*names, kernels.graph.observed.name) if kernels.graph[name].mode == "context"]
+    for sequence, foretold in zip(x.tolist(), exact_work(kernels, x).tolist()):
+        pasts = [set() for _ in range(5)]
+        for path in itertools.product(itertools.product(*(range(kernels.graph[name].states) for name in names)), repeat=4):
+            old, counts = dict.fromkeys(kernels.graph.order, 0), Counter()
+            for t in range(5):
+                pasts[t].add((tuple(old[name] for name in names), tuple(sorted(counts.items()))))
+                if t == 4: break
+                new = {**dict(zip(names, path[t])), kernels.graph.observed.name: sequence[t + 1]}
+                for name in counted: counts[name, tuple(old[other] if other == name else new[other] for other in kernels.graph.inputs(name)), new[name]] += 1
+                old = {**old, **new}
+        work = past_size(kernels) * sum(map(len, pasts))
+        assert work <= foretold * (1 + 1e-9) and foretold < 2 * work
+
+
+def test_too_much_work_is_foretold_as_infinite():
+    kernels = draw_kernels(read_graph(EXAMPLES / "context.yaml"))
+    x = generate(kernels, 3, 40, np.random.default_rng(0))
+    assert exact_work(kernels, x).isinf().all() and exact_work(kernels, x[:, :12]).isfinite().all() and (exact_work(kernels, x[:, :1]) == 0).all()
+    with pytest.raises(GraphError, match="pasts of topic, Z have to be told apart"): log_likelihood(kernels, x[:1])
+    assert (exact_work(draw_kernels(make_graph(GRAPHS["chain"])), x % 4 * 0) == 0).all()
+    with pytest.raises(GraphError, match="product over"): particle_bounds(draw_kernels(make_graph([node("A"), node("B"), seen("AB", mode="context")])))
+    with pytest.raises(GraphError, match="log_likelihood is exact"): particle_bounds(draw_kernels(make_graph(GRAPHS["chain"])))
+
 
 @pytest.mark.parametrize("name", ["no hidden node", "hidden parent", "hidden context node", "all, fullrank"])
 def test_bounds_bracket_an_exact_likelihood_in_the_mean(name):

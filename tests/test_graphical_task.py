@@ -17,14 +17,16 @@ from tformer_lab.models.routed import ROUTED
 from tformer_lab.runs.results import results
 from tformer_lab.runs.store import Run
 from tformer_lab.storage import FileError
+from tformer_lab.tasks import graphical
 from tformer_lab.tasks.forecast import Forecast
 from tformer_lab.tasks.graphical import Graphical, Tokens
 from tformer_lab.tasks.probes import fit_probe, probe_states, probe_table
 from tformer_lab.tasks.recall import Recall
 from tformer_lab.tasks.task import Task, task_class
 from tformer_lab.tasks.teacher_student import TeacherStudent
+from tformer_lab.theory.graph_bounds import particle_bounds
 from tformer_lab.theory.graph_entropy import entropy_rate
-from tformer_lab.theory.graphical import filtered_states, log_likelihood, predict
+from tformer_lab.theory.graphical import exact_work, filtered_states, log_likelihood, predict
 from tformer_lab.training.fit import Session, fit, resumed, trained
 from tformer_lab.training.optimizers import rate_factor
 from tformer_lab.training.parameters import ParameterError, Trainer, build, trainer_for
@@ -128,6 +130,51 @@ def test_without_an_exact_likelihood_there_is_no_optimum(tmp_path):
     assert task.optimum() == task.references() == [] and task.figure(task.model()) is None
     assert task.evaluate(task.model()).keys() == {"valid/loss", *(f"valid/loss_{t}" for t in (1, 4, 11))}
     with pytest.raises(ValueError, match="cannot be integrated over exactly"): task.by_position(task.model())
+
+
+OWN_KERNEL = "- {name: Z, states: 2, concentration: 0.5}\n- {name: X, states: 4, concentration: 0.3, parents: [Z], mode: context, observed: true}\n"
+
+
+@pytest.fixture
+def own_kernel(tmp_path):
+    (tmp_path / "own.yaml").write_text(OWN_KERNEL)
+    return str(tmp_path / "own.yaml")
+
+
+def test_where_exactness_is_too_much_work_the_optimum_is_of_as_many_sequences_as_are_affordable(own_kernel, monkeypatch):
+    task = small(own_kernel, test_size=40)
+    monkeypatch.setattr("tformer_lab.tasks.graphical._WORK", 13.5 * exact_work(task.kernels, task.test).mean().item())
+    best, surprise = {o.metric: o for o in task.optimum()}, -log_likelihood(task.kernels, task.test[:13]).diff(dim=1).numpy()
+    for metric in ("train/loss", "population/loss", "valid/loss"):
+        assert best[metric].kind == "estimate" and best[metric].value == pytest.approx(surprise.mean(), rel=1e-12)
+        assert best[metric].error == pytest.approx(surprise.mean(1).std(ddof=1) / math.sqrt(13), rel=1e-12)
+    assert best["valid/loss_4"].value == pytest.approx(surprise[:, 3].mean(), rel=1e-12)
+    found = task.evaluate(Exact(task.kernels))
+    assert abs(found["valid/excess"]) < 1e-12 and len(task.by_position(task.model()).entropy) == 11
+
+
+def test_where_few_sequences_are_affordable_the_optimum_is_a_bound_below_the_entropy_and_near(own_kernel, monkeypatch):
+    task = small(own_kernel, test_size=40)
+    monkeypatch.setattr("tformer_lab.tasks.graphical._WORK", 7.5 * exact_work(task.kernels, task.test).mean().item())
+    for name, value in {"particles": 6, "fewest": 6}.items(): monkeypatch.setitem(graphical._BRACKET, name, value)  # more cannot be told from the exact value
+    best, x = task.optimum(), particle_bounds(task.kernels, 64, task.length, 6, task.kernel_seed).tokens
+    exact = -log_likelihood(task.kernels, x)[:, -1].mean().item() / (task.length - 1)
+    assert [o.metric for o in best] == ["train/loss", "population/loss", "valid/loss"] and {o.kind for o in best} == {"bound"}
+    assert len({o.value for o in best}) == 1 and exact - .02 < best[0].value < exact and .01 < best[0].error < .1
+    assert best == small(own_kernel, test_size=40).optimum()
+    assert task.evaluate(task.model()).keys() == {"valid/loss", *(f"valid/loss_{t}" for t in (1, 4, 11))}
+    with pytest.raises(ValueError, match="8 sequences with 12 tokens would take too long, since kernels of X"): task.by_position(task.model())
+    monkeypatch.setitem(graphical._BRACKET, "width", -1.)
+    assert task.optimum() == []  # lower and upper bound are too far apart
+
+
+def test_no_pass_over_pasts_is_begun_that_would_not_end_soon(monkeypatch):
+    def refuse(*args): raise AssertionError("the exact likelihood is computed")
+    for name in ("log_likelihood", "predict"): monkeypatch.setattr(f"tformer_lab.tasks.graphical.{name}", refuse)
+    monkeypatch.setitem(graphical._BRACKET, "n", 8)
+    for length in (24, 64):
+        task = Graphical(graph="nbs/papers/graphs/context.yaml", d_model=8, length=length)
+        assert {o.kind for o in task.optimum()} == {"bound"}
 
 
 def test_counting_is_a_reference_between_the_entropy_and_chance(tiny):
