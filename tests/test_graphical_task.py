@@ -28,7 +28,7 @@ from tformer_lab.theory.graph_bounds import particle_bounds
 from tformer_lab.theory.graph_entropy import entropy_rate
 from tformer_lab.theory.graphical import exact_work, filtered_states, log_likelihood, predict
 from tformer_lab.training.fit import Session, fit, resumed, trained
-from tformer_lab.training.optimizers import rate_factor
+from tformer_lab.training.optimizers import make_scheduler
 from tformer_lab.training.parameters import ParameterError, Trainer, build, trainer_for
 
 GRAPHS = Path(__file__).parents[1] / "nbs/papers/graphs"
@@ -297,10 +297,15 @@ def test_the_schedule_is_transformers_one_update_ahead(schedule, warmup):
     optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.)
     more = () if schedule == "constant" else (31,)
     theirs = getattr(transformers, f"get_{schedule}_schedule_with_warmup")(optimizer, warmup + 1, *more)
-    for t in range(30):
+    own = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.)
+    ours = make_scheduler(own, 30, warmup, schedule)
+    assert (ours is None) == (schedule == "constant" and not warmup)
+    for _ in range(30):
         optimizer.step()
         theirs.step()
-        assert rate_factor(t, 30, warmup, schedule) == pytest.approx(optimizer.param_groups[0]["lr"], rel=1e-12)
+        assert own.param_groups[0]["lr"] == pytest.approx(optimizer.param_groups[0]["lr"], rel=1e-12)
+        own.step()
+        if ours: ours.step()
 
 
 @pytest.mark.parametrize("accumulate", [2, 3, 10])
@@ -363,6 +368,22 @@ def test_a_run_with_parts_clipping_and_a_schedule_goes_on_bit_for_bit(tiny, tmp_
         again = fit(kept, trainer_for(kept, save_minutes=1e-9, **how), resume=broken, progress=False)
         assert again.metrics.equals(whole.metrics)
         for name, weight in whole.checkpoints[24].items(): assert torch.equal(again.checkpoints[24][name], weight)
+
+
+def test_an_older_state_without_its_scheduler_goes_on_too(tiny, tmp_path):
+    """Once the rate followed from the number of the update, and was set before each."""
+    how = dict(steps=24, batch_size=8, warmup=6, schedule="cosine", checkpoints=3, evaluations=4, lr=1e-2)
+    task = small(tiny, model="mingru")
+    whole = fit(task, runs_dir=tmp_path / "whole", progress=False, **how)
+    for step in (4, 15):
+        broken = stop_at(task, tmp_path / f"broken{step}", step, **how)
+        state = torch.load(broken.path / "state.pt", weights_only=True)
+        assert state.pop("scheduler")["last_epoch"] == state["step"] > 0
+        for group in state["optimizer"]["param_groups"]:
+            group["lr"] = 1e-3
+            del group["initial_lr"]
+        torch.save(state, broken.path / "state.pt")
+        assert fit(task, trainer_for(task, save_minutes=1e-9, **how), resume=broken, progress=False).metrics.equals(whole.metrics)
 
 
 def test_speed_is_told_beside_the_records_and_not_in_them(tiny, tmp_path):
