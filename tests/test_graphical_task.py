@@ -391,7 +391,24 @@ def test_speed_is_told_beside_the_records_and_not_in_them(tiny, tmp_path):
     speed = run.status_details["speed"]
     assert speed["tokens_per_second"] == pytest.approx(11 * speed["examples_per_second"], rel=2e-3) and speed["examples_per_second"] / speed["updates_per_second"] == pytest.approx(6, rel=2e-3)  # after the first, batches of 4 and 8 in turn
     assert speed["process_memory"] > 1e7 and not [name for name in run.metrics if "second" in name]
+    row = results(tmp_path).iloc[0]
+    assert (row["tokens_per_second"], row["memory_gb"]) == (speed["tokens_per_second"], speed["process_memory"] / 1e9)
     assert "speed" not in fit(small(tiny), runs_dir=tmp_path, steps=1, batch_size=8, checkpoints=1, progress=False).status_details
+
+
+def test_speed_is_told_while_the_run_goes_on_and_is_of_the_last_session(tiny, tmp_path):
+    class Watching(Graphical):
+        def finished(self, model):
+            said.append([run.status_details.get("speed", {}).get("updates_per_second") for run in map(Run, (tmp_path / "watched").iterdir())])
+            return False
+    how, said = dict(steps=9, batch_size=8, checkpoints=1, save_minutes=1e-9, progress=False), []
+    fit(Watching(graph=tiny, d_model=8, length=12, test_size=8), runs_dir=tmp_path / "watched", **how)
+    assert said[:2] == [[None]] * 2 and None not in [speed for [speed] in said[2:]]
+    task, how = small(tiny), dict(steps=9, batch_size=8, checkpoints=1)
+    counts = lambda run: round(math.prod(run.status_details["speed"][name] for name in ("seconds", "updates_per_second")))  # without the first
+    broken = stop_at(task, tmp_path / "broken", 6, **how)
+    assert counts(broken) == 4
+    assert counts(fit(task, trainer_for(task, save_minutes=1e-9, **how), resume=broken, progress=False)) == 3
 
 
 REFUSED = [(dict(optimizer="es", accumulate=2), "accumulate is for optimizers that follow a gradient"), (dict(optimizer="ga", clip=1.), "clip is for"), (dict(optimizer="es", warmup=5), "warmup is for"),

@@ -548,8 +548,11 @@ class Loop:
             state = {"step": step, **self.session.state()}
             self._saved = time.monotonic()
             if self.writer is None: return
-            self.writer.step = step
+            self.writer.step, self.writer.speed = step, self._speed()
             self.writer.save_state(state)
+            if self.writer.speed: self.writer.say("running")
+
+    def _speed(self): return self.watch.found(getattr(self.session.task, "tokens_per_example", None))
 
     def _is_late(self, step):
         "Is it time for another state? At a checkpoint after a second, else after `save_minutes`"
@@ -562,7 +565,7 @@ class Loop:
             with self.tracer: return self._run(start)
         finally:
             self.bar.close()
-            if self.writer is not None: self.writer.speed = self.watch.found(getattr(self.session.task, "tokens_per_example", None))
+            if self.writer is not None: self.writer.speed = self._speed()
             self.log.flush(check=False)  # what was recorded before an error
 
     def _run(self, start):
