@@ -410,12 +410,22 @@ def test_calibration_finds_the_concentration_and_says_when_there_is_none():
     graph = read_graph(EXAMPLES / "chain.yaml")
     found = calibrate(graph, .8, n=100, length=24, draws=2)
     assert abs(found.entropy.value - .8) < 6 * found.entropy.error and found.graph["Z"].concentration == found.graph["X"].concentration == found.concentration
+    rate = lambda more: np.mean([entropy_rate(draw_kernels(found.graph, i), 100, 24, seed=2 * i + more).value for i in range(2)])
+    assert found.entropy.value == pytest.approx(rate(1), rel=1e-9) and abs(rate(0) - .8) < .002 < abs(found.entropy.value - rate(0))  # that of the search is the target
     part = calibrate(graph, 2.8, ["X"], n=100, length=24)
     assert part.graph["Z"] == graph["Z"] and part.graph["X"].concentration == part.concentration
     fresh = entropy_rate(draw_kernels(part.graph), 400, 24, seed=77)
     assert abs(fresh.value - 2.8) < 4 * 3 * fresh.error
     for wrong, said in ((dict(target=0.), "between 0 and 3.466"), (dict(target=3.5), "between 0"), (dict(target=.5, bounds=(2., 9.)), "on this side"), (dict(target=1., bounds=(2., 1.)), "bounds"), (dict(target=1., names=["Y"]), "no node 'Y'")):
         with pytest.raises(ValueError, match=said): calibrate(graph, n=20, length=8, **wrong)
+
+
+def test_entropies_refuse_what_is_no_seed_and_share_no_stream_with_trainings():
+    kernels, unknown = draw_kernels(make_graph(GRAPHS["chain"])), draw_kernels(make_graph(CONTEXT["hidden parent"]))
+    for seed in (-1, 1.5, True, 2**63):
+        for ask, of in ((entropy_rate, kernels), (position_entropies, kernels), (entropy_bounds, unknown), (particle_bounds, unknown)):
+            with pytest.raises(ValueError, match="seed is .*: it should be a whole number from 0"): ask(of, n=2, length=4, seed=seed)
+    assert entropy_rate(kernels, 64, 12).value != pytest.approx(-log_likelihood(kernels, generate(kernels, 64, 12, np.random.default_rng([4, 0])))[:, -1].mean().item() / 11, rel=1e-9)
 
 
 def test_stationary_entropies_are_those_of_the_joint_chain():
@@ -551,7 +561,7 @@ MISTAKES = {
     "true states": (f"[{X}, {Z.replace('4', 'yes')}]", "states = True"), "no concentration": (f"[{X}, {Z.replace('0.1', '0')}]", "concentration = 0"), "negative": (f"[{X}, {Z.replace('0.1', '-1')}]", "concentration = -1"),
     "nan": (f"[{X}, {Z.replace('0.1', '.nan')}]", "concentration = nan"), "infinite": (f"[{X}, {Z.replace('0.1', '.inf')}]", "concentration = inf"), "true concentration": (f"[{X}, {Z.replace('0.1', 'yes')}]", "concentration = True: it should be a number"),
     "missing": ("[{name: X, observed: true, states: 3}]", "node 'X': concentration is missing"), "unknown key": (f"[{X}, {Z.replace('states', 'stats')}]", "no key 'stats'; did you mean 'states'"), "a key of elsewhere": (f"[{X}, {Z.replace('concentration', 'alpha')}]", "no key 'alpha'; did you mean 'concentration'"),
-    "mode": (f"[{X}, {Z[:-1]}, mode: slwo}}]", "did you mean 'slow'"), "kernel": (f"[{X}, {Z[:-1]}, kernel: full}}]", "kernel = 'full'"), "parents as text": (f"[{X.replace('[Z]', 'Z')}, {Z}]", r"a list, \[Z\]"), "name": (f"[{X}, {Z.replace('Z', '../Z')}]", "letters, digits"),
+    "mode": (f"[{X}, {Z[:-1]}, mode: slwo}}]", "did you mean 'slow'"), "kernel": (f"[{X}, {Z[:-1]}, kernel: full}}]", "kernel = 'full'"), "parents left empty": (f"[{X.replace('[Z]', '')}, {Z}]", r"parents = None: it should be a list, \[\]"), "parents as text": (f"[{X.replace('[Z]', 'Z')}, {Z}]", r"a list, \[Z\]"), "name": (f"[{X}, {Z.replace('Z', '../Z')}]", "letters, digits"),
     "number for a key": (f"[{X}, {Z[:-1]}, 3: 4}}]", "no key 3"), "observed in words": (f"[{Z[:-1]}, observed: maybe}}]", "observed = 'maybe'"), "huge kernel": ("[{name: Z, states: 65536, concentration: 1}, {name: X, states: 8, concentration: 1, parents: [Z], observed: true}]", "4,294,967,296 entries"),
 }
 

@@ -92,6 +92,9 @@ def test_excess_is_the_expected_loss_above_the_entropy(tiny):
     with torch.no_grad(): plain = (F.cross_entropy(Exact(task.kernels, .2)(x[:, :-1]).flatten(0, 1), x[:, 1:].flatten(), reduction="none").view(4000, -1) + log_likelihood(task.kernels, x).diff(dim=1)).mean(1)
     assert abs(found["valid/excess"] - plain.mean().item()) < 4 * plain.std().item() / 4000**.5
     found = task.by_position(Exact(task.kernels, .2))
+    p, log_q = predict(task.kernels, x[:, :-1]), Exact(task.kernels, .2)(x[:, :-1]).detach().double().log_softmax(-1)
+    apart = F.kl_div(log_q, p, reduction="none").sum(-1).numpy()
+    np.testing.assert_allclose(found.excess_error, np.sqrt(((apart - apart.mean(0))**2).sum(0) / 3999 / 4000), rtol=1e-4, atol=1e-9)
     assert found.loss - found.entropy == pytest.approx(found.excess) and (found.excess > 0).all() and found.excess_error[0] < 1e-9 < found.excess_error[1:].min()  # before token 1 there is only token 0
 
 

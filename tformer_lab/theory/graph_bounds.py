@@ -14,7 +14,7 @@ from scipy.special import logsumexp
 from torch import Tensor
 
 from ..checks import check_sizes
-from ..data.graphical import Factor, Kernels, factor_inputs, generate_states, kernel_table, log_gamma, shape_rows
+from ..data.graphical import Factor, Kernels, _checked_seed, factor_inputs, generate_states, kernel_table, log_gamma, shape_rows
 from ..data.graphs import GraphError
 from .graph_entropy import Estimate
 from .graphical import _Pasts, _Step, _beliefs, _context_nodes
@@ -121,7 +121,7 @@ def likelihood_bounds(
     "Simulate sequences, and bracket the likelihood of each"
     check_sizes(n=n, chains=chains, steps=steps)
     names, graph, hidden = _unknown_nodes(kernels, length), kernels.graph, kernels.graph.ancestors
-    rng = np.random.default_rng([BOUND_STREAM, seed])
+    rng = np.random.default_rng([BOUND_STREAM, _checked_seed(seed)])
     truth = _Unknown.draw(graph, [node.name for node in graph if node.mode == "context"], n, rng)
     x = generate_states(kernels, n, length, rng, context=truth.factors())[graph.observed.name]
     truth = _Unknown(graph, {key: g for key, g in truth.log_g.items() if key[0] in names}).repeat(chains)
@@ -197,7 +197,7 @@ def particle_bounds(
     "Simulate sequences, and bracket the likelihood of each"
     check_sizes(n=n, particles=particles)
     _unknown_nodes(kernels, length)
-    context, rng = _context_nodes(kernels.graph, kernels.graph.ancestors), np.random.default_rng([BOUND_STREAM, seed])
+    context, rng = _context_nodes(kernels.graph, kernels.graph.ancestors), np.random.default_rng([BOUND_STREAM, _checked_seed(seed)])
     states = {name: found.numpy() for name, found in generate_states(kernels, n, length, rng).items()}
     x = states[kernels.graph.observed.name]
     parts = [slice(i, i + 16) for i in range(0, n, 16)]  # more at once would need more memory, and be no faster
