@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import signal
 import time
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -18,9 +19,9 @@ from tformer_lab.data import graphical
 from tformer_lab.data.graphical import GraphStream, draw_context, draw_kernels, kernel_table, generate, generate_states, log_dirichlet, sequence_block, shape_rows, stored_sequences
 from tformer_lab.data.graphs import GraphError, graph_figure, graph_yaml, make_graph, parse_graph, read_graph
 from tformer_lab.storage import FileError
-from tformer_lab.theory.graph_bounds import entropy_bounds, likelihood_bounds
+from tformer_lab.theory.graph_bounds import entropy_bounds, likelihood_bounds, particle_bounds, per_token
 from tformer_lab.theory.graph_entropy import calibrate, compressed_size, entropy_rate, position_entropies, stationary_law, token_entropies
-from tformer_lab.theory.graphical import filtered_states, log_likelihood, predict
+from tformer_lab.theory.graphical import exact_work, filtered_states, log_likelihood, past_size, predict
 
 EXAMPLES = Path(__file__).parents[1] / "nbs/papers/graphs"
 
@@ -469,12 +470,22 @@ def test_calibration_finds_the_concentration_and_says_when_there_is_none():
     graph = read_graph(EXAMPLES / "chain.yaml")
     found = calibrate(graph, .8, n=100, length=24, draws=2)
     assert abs(found.entropy.value - .8) < 6 * found.entropy.error and found.graph["Z"].concentration == found.graph["X"].concentration == found.concentration
+    rate = lambda more: np.mean([entropy_rate(draw_kernels(found.graph, i), 100, 24, seed=2 * i + more).value for i in range(2)])
+    assert found.entropy.value == pytest.approx(rate(1), rel=1e-9) and abs(rate(0) - .8) < .002 < abs(found.entropy.value - rate(0))  # that of the search is the target
     part = calibrate(graph, 2.8, ["X"], n=100, length=24)
     assert part.graph["Z"] == graph["Z"] and part.graph["X"].concentration == part.concentration
     fresh = entropy_rate(draw_kernels(part.graph), 400, 24, seed=77)
     assert abs(fresh.value - 2.8) < 4 * 3 * fresh.error
     for wrong, said in ((dict(target=0.), "between 0 and 3.466"), (dict(target=3.5), "between 0"), (dict(target=.5, bounds=(2., 9.)), "on this side"), (dict(target=1., bounds=(2., 1.)), "bounds"), (dict(target=1., names=["Y"]), "no node 'Y'")):
         with pytest.raises(ValueError, match=said): calibrate(graph, n=20, length=8, **wrong)
+
+
+def test_entropies_refuse_what_is_no_seed_and_share_no_stream_with_trainings():
+    kernels, unknown = draw_kernels(make_graph(GRAPHS["chain"])), draw_kernels(make_graph(CONTEXT["hidden parent"]))
+    for seed in (-1, 1.5, True, 2**63):
+        for ask, of in ((entropy_rate, kernels), (position_entropies, kernels), (entropy_bounds, unknown), (particle_bounds, unknown)):
+            with pytest.raises(ValueError, match="seed is .*: it should be a whole number from 0"): ask(of, n=2, length=4, seed=seed)
+    assert entropy_rate(kernels, 64, 12).value != pytest.approx(-log_likelihood(kernels, generate(kernels, 64, 12, np.random.default_rng([4, 0])))[:, -1].mean().item() / 11, rel=1e-9)
 
 
 def test_stationary_entropies_are_those_of_the_joint_chain():
@@ -503,6 +514,61 @@ def test_compressors_do_not_pass_below_the_entropy_of_long_data():
 
 
 # bounds
+
+@contexts
+def test_particles_bracket_the_exact_likelihood_of_every_kind(nodes):
+    kernels = draw_kernels(make_graph(nodes))
+    found = particle_bounds(kernels, n=48, length=8, particles=12)
+    exact = log_likelihood(kernels, found.tokens)[:, -1].numpy()
+    for bound, sign in ((found.lower, -1), (found.upper, 1)):
+        gap = sign * (bound - exact)
+        assert gap.mean() > -3.5 * gap.std() / math.sqrt(48) and abs(gap.mean()) < .3
+    again = particle_bounds(kernels, n=48, length=8, particles=12)
+    assert (again.lower == found.lower).all() and (again.upper == found.upper).all() and (again.tokens == found.tokens).all()
+    bracket = per_token(found)
+    assert bracket.lower.value == pytest.approx(-found.upper.mean() / 7) and bracket.upper.error == pytest.approx(found.lower.std(ddof=1) / math.sqrt(48) / 7)
+
+
+def test_few_particles_are_right_in_the_mean():
+    """Of p, and of 1/p where the true past is kept: few particles and many sequences of three tokens, whose laws are enumerated."""
+    kernels = draw_kernels(make_graph([node("Z"), seen("Z", mode="context", concentration=.5)]))
+    found = particle_bounds(kernels, n=40_000, length=4, particles=2)
+    x, place = np.unique(found.tokens.numpy(), axis=0, return_inverse=True)
+    p = log_likelihood(kernels, x)[:, -1].exp().numpy()
+    for values, wanted in ((np.exp(found.lower), p), (np.exp(-found.upper), 1 / p)):
+        for k in np.flatnonzero(np.bincount(place.ravel()) > 400):
+            own = values[place.ravel() == k]
+            assert abs(own.mean() - wanted[k]) < 4.5 * own.std(ddof=1) / math.sqrt(len(own)) + 1e-9 * wanted[k]
+
+
+@contexts
+def test_no_more_pasts_come_than_were_foretold(nodes):
+    kernels = draw_kernels(make_graph(nodes))
+    names, x = kernels.graph.ancestors, generate(kernels, 6, 6, np.random.default_rng(2))
+    counted = [name for name in (*names, kernels.graph.observed.name) if kernels.graph[name].mode == "context"]
+    for sequence, foretold in zip(x.tolist(), exact_work(kernels, x).tolist()):
+        pasts = [set() for _ in range(5)]
+        for path in itertools.product(itertools.product(*(range(kernels.graph[name].states) for name in names)), repeat=4):
+            old, counts = dict.fromkeys(kernels.graph.order, 0), Counter()
+            for t in range(5):
+                pasts[t].add((tuple(old[name] for name in names), tuple(sorted(counts.items()))))
+                if t == 4: break
+                new = {**dict(zip(names, path[t])), kernels.graph.observed.name: sequence[t + 1]}
+                for name in counted: counts[name, tuple(old[other] if other == name else new[other] for other in kernels.graph.inputs(name)), new[name]] += 1
+                old = {**old, **new}
+        work = past_size(kernels) * sum(map(len, pasts))
+        assert work <= foretold * (1 + 1e-9) and foretold < 2 * work
+
+
+def test_too_much_work_is_foretold_as_infinite():
+    kernels = draw_kernels(read_graph(EXAMPLES / "context.yaml"))
+    x = generate(kernels, 3, 40, np.random.default_rng(0))
+    assert exact_work(kernels, x).isinf().all() and exact_work(kernels, x[:, :12]).isfinite().all() and (exact_work(kernels, x[:, :1]) == 0).all()
+    with pytest.raises(GraphError, match="pasts of topic, Z have to be told apart"): log_likelihood(kernels, x[:1])
+    assert (exact_work(draw_kernels(make_graph(GRAPHS["chain"])), x % 4 * 0) == 0).all()
+    with pytest.raises(GraphError, match="product over"): particle_bounds(draw_kernels(make_graph([node("A"), node("B"), seen("AB", mode="context")])))
+    with pytest.raises(GraphError, match="log_likelihood is exact"): particle_bounds(draw_kernels(make_graph(GRAPHS["chain"])))
+
 
 @pytest.mark.parametrize("name", ["no hidden node", "hidden parent", "hidden context node", "all, fullrank"])
 def test_bounds_bracket_an_exact_likelihood_in_the_mean(name):
@@ -555,7 +621,7 @@ MISTAKES = {
     "true states": (f"[{X}, {Z.replace('4', 'yes')}]", "states = True"), "no concentration": (f"[{X}, {Z.replace('0.1', '0')}]", "concentration = 0"), "negative": (f"[{X}, {Z.replace('0.1', '-1')}]", "concentration = -1"),
     "nan": (f"[{X}, {Z.replace('0.1', '.nan')}]", "concentration = nan"), "infinite": (f"[{X}, {Z.replace('0.1', '.inf')}]", "concentration = inf"), "true concentration": (f"[{X}, {Z.replace('0.1', 'yes')}]", "concentration = True: it should be a number"),
     "missing": ("[{name: X, observed: true, states: 3}]", "node 'X': concentration is missing"), "unknown key": (f"[{X}, {Z.replace('states', 'stats')}]", "no key 'stats'; did you mean 'states'"), "a key of elsewhere": (f"[{X}, {Z.replace('concentration', 'alpha')}]", "no key 'alpha'; did you mean 'concentration'"),
-    "mode": (f"[{X}, {Z[:-1]}, mode: slwo}}]", "did you mean 'slow'"), "kernel": (f"[{X}, {Z[:-1]}, kernel: full}}]", "kernel = 'full'"), "parents as text": (f"[{X.replace('[Z]', 'Z')}, {Z}]", r"a list, \[Z\]"), "name": (f"[{X}, {Z.replace('Z', '../Z')}]", "letters, digits"),
+    "mode": (f"[{X}, {Z[:-1]}, mode: slwo}}]", "did you mean 'slow'"), "kernel": (f"[{X}, {Z[:-1]}, kernel: full}}]", "kernel = 'full'"), "parents left empty": (f"[{X.replace('[Z]', '')}, {Z}]", r"parents = None: it should be a list, \[\]"), "parents as text": (f"[{X.replace('[Z]', 'Z')}, {Z}]", r"a list, \[Z\]"), "name": (f"[{X}, {Z.replace('Z', '../Z')}]", "letters, digits"),
     "number for a key": (f"[{X}, {Z[:-1]}, 3: 4}}]", "no key 3"), "observed in words": (f"[{Z[:-1]}, observed: maybe}}]", "observed = 'maybe'"), "huge kernel": ("[{name: Z, states: 65536, concentration: 1}, {name: X, states: 8, concentration: 1, parents: [Z], observed: true}]", "4,294,967,296 entries"),
 }
 

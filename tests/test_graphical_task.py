@@ -17,16 +17,18 @@ from tformer_lab.models.routed import ROUTED
 from tformer_lab.runs.results import results
 from tformer_lab.runs.store import Run
 from tformer_lab.storage import FileError
+from tformer_lab.tasks import graphical
 from tformer_lab.tasks.forecast import Forecast
 from tformer_lab.tasks.graphical import Graphical, Tokens
 from tformer_lab.tasks.probes import fit_probe, probe_states, probe_table
 from tformer_lab.tasks.recall import Recall
 from tformer_lab.tasks.task import Task, task_class
 from tformer_lab.tasks.teacher_student import TeacherStudent
+from tformer_lab.theory.graph_bounds import particle_bounds
 from tformer_lab.theory.graph_entropy import entropy_rate
-from tformer_lab.theory.graphical import filtered_states, log_likelihood, predict
+from tformer_lab.theory.graphical import exact_work, filtered_states, log_likelihood, predict
 from tformer_lab.training.fit import Session, fit, resumed, trained
-from tformer_lab.training.optimizers import rate_factor
+from tformer_lab.training.optimizers import make_scheduler
 from tformer_lab.training.parameters import ParameterError, Trainer, build, trainer_for
 
 GRAPHS = Path(__file__).parents[1] / "nbs/papers/graphs"
@@ -90,6 +92,9 @@ def test_excess_is_the_expected_loss_above_the_entropy(tiny):
     with torch.no_grad(): plain = (F.cross_entropy(Exact(task.kernels, .2)(x[:, :-1]).flatten(0, 1), x[:, 1:].flatten(), reduction="none").view(4000, -1) + log_likelihood(task.kernels, x).diff(dim=1)).mean(1)
     assert abs(found["valid/excess"] - plain.mean().item()) < 4 * plain.std().item() / 4000**.5
     found = task.by_position(Exact(task.kernels, .2))
+    p, log_q = predict(task.kernels, x[:, :-1]), Exact(task.kernels, .2)(x[:, :-1]).detach().double().log_softmax(-1)
+    apart = F.kl_div(log_q, p, reduction="none").sum(-1).numpy()
+    np.testing.assert_allclose(found.excess_error, np.sqrt(((apart - apart.mean(0))**2).sum(0) / 3999 / 4000), rtol=1e-4, atol=1e-9)
     assert found.loss - found.entropy == pytest.approx(found.excess) and (found.excess > 0).all() and found.excess_error[0] < 1e-9 < found.excess_error[1:].min()  # before token 1 there is only token 0
 
 
@@ -128,6 +133,51 @@ def test_without_an_exact_likelihood_there_is_no_optimum(tmp_path):
     assert task.optimum() == task.references() == [] and task.figure(task.model()) is None
     assert task.evaluate(task.model()).keys() == {"valid/loss", *(f"valid/loss_{t}" for t in (1, 4, 11))}
     with pytest.raises(ValueError, match="cannot be integrated over exactly"): task.by_position(task.model())
+
+
+OWN_KERNEL = "- {name: Z, states: 2, concentration: 0.5}\n- {name: X, states: 4, concentration: 0.3, parents: [Z], mode: context, observed: true}\n"
+
+
+@pytest.fixture
+def own_kernel(tmp_path):
+    (tmp_path / "own.yaml").write_text(OWN_KERNEL)
+    return str(tmp_path / "own.yaml")
+
+
+def test_where_exactness_is_too_much_work_the_optimum_is_of_as_many_sequences_as_are_affordable(own_kernel, monkeypatch):
+    task = small(own_kernel, test_size=40)
+    monkeypatch.setattr("tformer_lab.tasks.graphical._WORK", 13.5 * exact_work(task.kernels, task.test).mean().item())
+    best, surprise = {o.metric: o for o in task.optimum()}, -log_likelihood(task.kernels, task.test[:13]).diff(dim=1).numpy()
+    for metric in ("train/loss", "population/loss", "valid/loss"):
+        assert best[metric].kind == "estimate" and best[metric].value == pytest.approx(surprise.mean(), rel=1e-12)
+        assert best[metric].error == pytest.approx(surprise.mean(1).std(ddof=1) / math.sqrt(13), rel=1e-12)
+    assert best["valid/loss_4"].value == pytest.approx(surprise[:, 3].mean(), rel=1e-12)
+    found = task.evaluate(Exact(task.kernels))
+    assert abs(found["valid/excess"]) < 1e-12 and len(task.by_position(task.model()).entropy) == 11
+
+
+def test_where_few_sequences_are_affordable_the_optimum_is_a_bound_below_the_entropy_and_near(own_kernel, monkeypatch):
+    task = small(own_kernel, test_size=40)
+    monkeypatch.setattr("tformer_lab.tasks.graphical._WORK", 7.5 * exact_work(task.kernels, task.test).mean().item())
+    for name, value in {"particles": 6, "fewest": 6}.items(): monkeypatch.setitem(graphical._BRACKET, name, value)  # more cannot be told from the exact value
+    best, x = task.optimum(), particle_bounds(task.kernels, 64, task.length, 6, task.kernel_seed).tokens
+    exact = -log_likelihood(task.kernels, x)[:, -1].mean().item() / (task.length - 1)
+    assert [o.metric for o in best] == ["train/loss", "population/loss", "valid/loss"] and {o.kind for o in best} == {"bound"}
+    assert len({o.value for o in best}) == 1 and exact - .02 < best[0].value < exact and .01 < best[0].error < .1
+    assert best == small(own_kernel, test_size=40).optimum()
+    assert task.evaluate(task.model()).keys() == {"valid/loss", *(f"valid/loss_{t}" for t in (1, 4, 11))}
+    with pytest.raises(ValueError, match="8 sequences with 12 tokens would take too long, since kernels of X"): task.by_position(task.model())
+    monkeypatch.setitem(graphical._BRACKET, "width", -1.)
+    assert task.optimum() == []  # lower and upper bound are too far apart
+
+
+def test_no_pass_over_pasts_is_begun_that_would_not_end_soon(monkeypatch):
+    def refuse(*args): raise AssertionError("the exact likelihood is computed")
+    for name in ("log_likelihood", "predict"): monkeypatch.setattr(f"tformer_lab.tasks.graphical.{name}", refuse)
+    monkeypatch.setitem(graphical._BRACKET, "n", 8)
+    for length in (24, 64):
+        task = Graphical(graph="nbs/papers/graphs/context.yaml", d_model=8, length=length)
+        assert {o.kind for o in task.optimum()} == {"bound"}
 
 
 def test_counting_is_a_reference_between_the_entropy_and_chance(tiny):
@@ -250,10 +300,15 @@ def test_the_schedule_is_transformers_one_update_ahead(schedule, warmup):
     optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.)
     more = () if schedule == "constant" else (31,)
     theirs = getattr(transformers, f"get_{schedule}_schedule_with_warmup")(optimizer, warmup + 1, *more)
-    for t in range(30):
+    own = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.)
+    ours = make_scheduler(own, 30, warmup, schedule)
+    assert (ours is None) == (schedule == "constant" and not warmup)
+    for _ in range(30):
         optimizer.step()
         theirs.step()
-        assert rate_factor(t, 30, warmup, schedule) == pytest.approx(optimizer.param_groups[0]["lr"], rel=1e-12)
+        assert own.param_groups[0]["lr"] == pytest.approx(optimizer.param_groups[0]["lr"], rel=1e-12)
+        own.step()
+        if ours: ours.step()
 
 
 @pytest.mark.parametrize("accumulate", [2, 3, 10])
@@ -318,12 +373,45 @@ def test_a_run_with_parts_clipping_and_a_schedule_goes_on_bit_for_bit(tiny, tmp_
         for name, weight in whole.checkpoints[24].items(): assert torch.equal(again.checkpoints[24][name], weight)
 
 
+def test_an_older_state_without_its_scheduler_goes_on_too(tiny, tmp_path):
+    """Once the rate followed from the number of the update, and was set before each."""
+    how = dict(steps=24, batch_size=8, warmup=6, schedule="cosine", checkpoints=3, evaluations=4, lr=1e-2)
+    task = small(tiny, model="mingru")
+    whole = fit(task, runs_dir=tmp_path / "whole", progress=False, **how)
+    for step in (4, 15):
+        broken = stop_at(task, tmp_path / f"broken{step}", step, **how)
+        state = torch.load(broken.path / "state.pt", weights_only=True)
+        assert state.pop("scheduler")["last_epoch"] == state["step"] > 0
+        for group in state["optimizer"]["param_groups"]:
+            group["lr"] = 1e-3
+            del group["initial_lr"]
+        torch.save(state, broken.path / "state.pt")
+        assert fit(task, trainer_for(task, save_minutes=1e-9, **how), resume=broken, progress=False).metrics.equals(whole.metrics)
+
+
 def test_speed_is_told_beside_the_records_and_not_in_them(tiny, tmp_path):
     run = fit(small(tiny), runs_dir=tmp_path, steps=9, batch_size=8, samples=12, checkpoints=1, progress=False)
     speed = run.status_details["speed"]
     assert speed["tokens_per_second"] == pytest.approx(11 * speed["examples_per_second"], rel=2e-3) and speed["examples_per_second"] / speed["updates_per_second"] == pytest.approx(6, rel=2e-3)  # after the first, batches of 4 and 8 in turn
     assert speed["process_memory"] > 1e7 and not [name for name in run.metrics if "second" in name]
+    row = results(tmp_path).iloc[0]
+    assert (row["tokens_per_second"], row["memory_gb"]) == (speed["tokens_per_second"], speed["process_memory"] / 1e9)
     assert "speed" not in fit(small(tiny), runs_dir=tmp_path, steps=1, batch_size=8, checkpoints=1, progress=False).status_details
+
+
+def test_speed_is_told_while_the_run_goes_on_and_is_of_the_last_session(tiny, tmp_path):
+    class Watching(Graphical):
+        def finished(self, model):
+            said.append([run.status_details.get("speed", {}).get("updates_per_second") for run in map(Run, (tmp_path / "watched").iterdir())])
+            return False
+    how, said = dict(steps=9, batch_size=8, checkpoints=1, save_minutes=1e-9, progress=False), []
+    fit(Watching(graph=tiny, d_model=8, length=12, test_size=8), runs_dir=tmp_path / "watched", **how)
+    assert said[:2] == [[None]] * 2 and None not in [speed for [speed] in said[2:]]
+    task, how = small(tiny), dict(steps=9, batch_size=8, checkpoints=1)
+    counts = lambda run: round(math.prod(run.status_details["speed"][name] for name in ("seconds", "updates_per_second")))  # without the first
+    broken = stop_at(task, tmp_path / "broken", 6, **how)
+    assert counts(broken) == 4
+    assert counts(fit(task, trainer_for(task, save_minutes=1e-9, **how), resume=broken, progress=False)) == 3
 
 
 REFUSED = [(dict(optimizer="es", accumulate=2), "accumulate is for optimizers that follow a gradient"), (dict(optimizer="ga", clip=1.), "clip is for"), (dict(optimizer="es", warmup=5), "warmup is for"),

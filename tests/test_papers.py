@@ -4,6 +4,7 @@ import subprocess
 import sys
 from collections import Counter
 from functools import cache
+from itertools import product
 from pathlib import Path
 
 import nbformat
@@ -246,6 +247,17 @@ def test_the_sweep_of_graphs_has_five_kinds_of_models_on_every_axis():
     assert {(model, samples) for _, model, _, samples, *_ in chain if samples} == {(model, n) for model in KINDS for n in (32, 100, 316, 1000, 3162, 10000)}
     assert {one[:2] for one in wanted} == {(graph, model) for graph in ("chain", "five_nodes", "slow", "counts") for model in KINDS}
     assert {count for one, count in wanted.items() if one[4] == 500 and (one[0] != "chain" or one[5:] == (.0168, .0168))} == {3}
+
+
+def test_the_published_sweep_of_graphs_can_be_run_and_has_every_axis():
+    given = read_sweep(PAPERS / "graphical_published.yaml")
+    every = [resolve({**one, "seed": 0}, others=set()) for one in combinations(given["parameters"])]
+    settings = {(task.architecture, task.d_model, trainer.samples, task.concentration, task.observed_concentration) for task, trainer in every}
+    sizes, sure = (30, 100, 300, 1000, 3000, 10_000, 30_000, 100_000, 300_000, 1_000_000, None), (1e-4, 3e-4, .001, .003, .01)
+    assert given["seeds"] == 3 and len(every) == len(settings)
+    assert settings == {*product(KINDS, (8, 16, 32, 64, 128), sizes, [None], [None]), *product(KINDS, [64], (1000, 10_000, None), sure, sure)}
+    files = {(task.stored, trainer.samples) for task, trainer in every if task.stored}
+    assert {n for _, n in files} == {n for n in sizes if n and n > 10_000} and len({name for name, _ in files}) == len(files)  # a file is of one size
 
 
 def test_saved_runs_of_graphs_hold_every_setting_and_never_pass_the_entropy():

@@ -53,7 +53,7 @@ class Node:
     @field_validator("parents", mode="before")
     @classmethod
     def _is_list(cls, value):
-        if isinstance(value, str): raise ValueError(f"it should be a list, [{value}]")
+        if not isinstance(value, list | tuple): raise ValueError(f"it should be a list, [{'' if value is None else value}]")
         return value
 
 # %% ../../nbs/data/graphs.ipynb #6c0947fd

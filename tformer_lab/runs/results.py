@@ -32,14 +32,22 @@ def _excesses(run, last):
     known = {o["metric"]: o["value"] for o in run.optimum if o.get("position") is None or metrics.count(o["metric"]) == 1}
     return {f"{name} excess": last[name] - value for name, value in known.items() if name in last}
 
+_COST = ("tokens_per_second", "memory_gb", "seconds")
+
+def _cost(run):
+    "Speed and memory of the last session, as far as they were measured"
+    said = run.status_details.get("speed") or {}
+    memory = said.get("gpu_memory", said.get("process_memory"))
+    return {name: value for name, value in zip(_COST, (said.get("tokens_per_second"), memory and memory / 1e9)) if value is not None}
+
 def _row_of(path, given):
     "What is known of a run: its parameters, and its results"
     try:
         run = Run(path)
-        config, last = run.config, last_metrics(run)
+        config, last, cost = run.config, last_metrics(run), _cost(run)
     except FileError: return given, {}
     last.pop("step", None)  # what is in the table belongs to the last one
-    return {**given, **_parameters(config)}, {**last, **_excesses(run, last)}
+    return {**given, **_parameters(config)}, {**last, **_excesses(run, last), **cost}
 
 def _table(rows, names):
     import pandas as pd
@@ -55,7 +63,7 @@ def _varied(parameters):
 def results(
     runs_dir:str|Path|None=None, # Folder of runs; None: see `default_runs_dir`
     sweep:str|None=None, # The name of a sweep; None: all runs of the folder
-) -> pd.DataFrame: # run, status, the parameters that vary, metrics at the last step, their excess, seconds
+) -> pd.DataFrame: # run, status, the parameters that vary, metrics at the last step, their excess, tokens_per_second, memory_gb, seconds
     "What came of the runs of a sweep, a row each"
     runs_dir, rows = Path(runs_dir or default_runs_dir()), []
     if sweep is None:
@@ -84,7 +92,7 @@ def mean_interval(
     return len(x), float(mean), float(mean - half), float(mean + half)
 
 # %% ../../nbs/runs/results.ipynb #6594d328
-def _settings(table, values): return [name for name in table if name not in {"run", "status", "seed", "seconds", *values} and "/" not in name]
+def _settings(table, values): return [name for name in table if name not in {"run", "status", "seed", *_COST, *values} and "/" not in name]
 
 def over_seeds(
     table:pd.DataFrame, # As `results` gives it, or `curves`
@@ -134,7 +142,7 @@ def curves(
 ) -> pd.DataFrame: # run, the parameters, seed, step, value
     "A metric over training, of every run of a table"
     import pandas as pd
-    own = [name for name in table if "/" not in name and name not in ("status", "seconds")]
+    own = [name for name in table if "/" not in name and name not in ("status", *_COST)]
     parts = []
     for row in table[own].to_dict("records"):
         metrics = Run(Path(runs_dir or default_runs_dir()) / row["run"]).metrics

@@ -21,8 +21,9 @@ from ..models.routed import routing_metrics
 from ..runs.store import project_top
 from .next_token import NextToken, Tokens, token_losses
 from .task import Optimum, Reference
-from ..theory.graph_entropy import entropy_rate, token_entropies
-from ..theory.graphical import log_likelihood, predict
+from ..theory.graph_bounds import per_token, particle_bounds
+from ..theory.graph_entropy import Estimate, entropy_rate, token_entropies
+from ..theory.graphical import exact_work, log_likelihood, past_size, predict
 
 if TYPE_CHECKING: import plotly.graph_objects as go
 
@@ -64,6 +65,9 @@ def position_figure(
 TEST_STREAM = 0x6EA9_7E57_6EA9_7E57  # no seed of a training draws the same numbers
 _AT_ONCE = 2**16  # sequences that are drawn together
 _LARGEST = 2**26  # probabilities that are kept of the best predictions, half a GiB
+_WORK = 2**24  # numbers of pasts that the exact likelihood handles, in some seconds
+_FEWEST = 8  # sequences that tell an entropy and its error
+_BRACKET = {"n": 64, "particles": 128, "fewest": 16, "work": 2**27, "width": .03}  # sequences, the most and the fewest particles for each, numbers that are handled, nats per token
 
 @dataclass(config=ConfigDict(extra="forbid"), frozen=True, kw_only=True)
 class Graphical(NextToken):
@@ -144,16 +148,39 @@ class Graphical(NextToken):
         return self.batch(self.test_size, np.random.default_rng([TEST_STREAM, self.kernel_seed])).tokens
 
     @cached_property
-    def _surprise(self) -> Tensor|None: # [test_size, length - 1]
+    def _affordable(self) -> int|None: # None: all
+        "Sequences whose likelihood takes a few seconds where kernels have to be integrated over; 0 if they are too few, or if nobody can"
+        try: work = exact_work(self.kernels, self.test).mean().item()
+        except GraphError: return 0
+        if not work: return None
+        count = int(_WORK / work)
+        return count if count >= min(_FEWEST, self.test_size) else 0
+
+    @cached_property
+    def _surprise(self) -> Tensor|None: # [n, length - 1]
         "Minus the logarithm of the probability of each test token given those before it, where that can be computed"
+        if self._affordable is not None: return None if self._best is None else -self._best.gather(2, self.test[:len(self._best), 1:, None])[..., 0].log()
         try: return -log_likelihood(self.kernels, self.test).diff(dim=1)
         except GraphError: return None
 
     @cached_property
     def _best(self) -> Tensor|None: # [n, length - 1, vocab]
-        "The best predictions for the test sequences, or for as many of them as fit into memory"
+        "The best predictions for the test sequences, or for as many of them as fit into memory, and into a few seconds"
         count = max(2, _LARGEST // ((self.length - 1) * self.nodes.vocab_size))
-        return None if self._surprise is None else predict(self.kernels, self.test[:count, :-1])
+        if self._affordable is not None: count = min(count, self._affordable)
+        try: return predict(self.kernels, self.test[:count, :-1]) if count else None
+        except GraphError: return None
+
+    def _bound(self) -> list[Optimum]:
+        "The entropy's lower bound, where its upper one is near"
+        if self._affordable is None: return []
+        try:
+            particles = min(_BRACKET["particles"], _BRACKET["work"] // (2 * _BRACKET["n"] * (self.length - 1) * past_size(self.kernels)))
+            if particles < _BRACKET["fewest"]: return []
+            lower, upper = per_token(particle_bounds(self.kernels, _BRACKET["n"], self.length, particles, self.kernel_seed))
+        except GraphError: return []
+        if upper.value - lower.value > _BRACKET["width"]: return []
+        return [Optimum(metric, lower.value, "bound", lower.error) for metric in ("train/loss", "population/loss", "valid/loss")[self.routed:]]
 
     @property
     def positions(self) -> list[int]:
@@ -184,17 +211,24 @@ class Graphical(NextToken):
     ) -> PositionLosses: # Raises GraphError where there is no exact likelihood
         "Loss and entropy at each position of the test sequences"
         excess = self._on_test(model)[1]
-        if excess is None: log_likelihood(self.kernels, self.test)  # says why
+        if excess is None: self._refuse()
         entropy = -torch.xlogy(self._best, self._best).sum(-1).mean(0)
         return PositionLosses(*(x.numpy() for x in (entropy + excess.mean(0), entropy, excess.mean(0), excess.std(0) / len(excess)**.5)))
 
-    def optimum(self) -> list[Optimum]: # Estimates; empty where there is no exact likelihood
+    def _refuse(self):
+        "Say why there is no exact likelihood"
+        log_likelihood(self.kernels, self.test[:1, :2])  # for other reasons than their number
+        raise GraphError(f"the exact likelihood of {min(_FEWEST, self.test_size)} sequences with {self.length} tokens would take too long, since kernels of {', '.join(node.name for node in self.nodes if node.mode == 'context')} have to be integrated over: take shorter sequences, or fewer states")
+
+    def optimum(self) -> list[Optimum]: # Estimates; bounds or none where there is no exact likelihood
         "The entropy per token: on the test sequences their likelihood, in training the mean over others; of a routed model none in training, where later tokens have a say in what is computed"
-        if self._surprise is None: return []
-        train, surprise = entropy_rate(self.kernels, 1024, self.length, self.kernel_seed), self._surprise.numpy()
+        if self._surprise is None: return self._bound()
+        surprise = self._surprise.numpy()
         error = lambda values: float(values.std(ddof=1) / len(values)**.5)
+        per_sequence = surprise.mean(1)
+        train = entropy_rate(self.kernels, 1024, self.length, self.kernel_seed) if self._affordable is None else Estimate(float(per_sequence.mean()), error(per_sequence))
         return [*(Optimum(metric, train.value, "estimate", train.error) for metric in ("train/loss", "population/loss")[self.routed:]),
-                Optimum("valid/loss", float(surprise.mean()), "estimate", error(surprise.mean(1))), Optimum("valid/excess", 0.),
+                Optimum("valid/loss", float(surprise.mean()), "estimate", error(per_sequence)), Optimum("valid/excess", 0.),
                 *(Optimum(f"valid/loss_{t}", float(surprise[:, t - 1].mean()), "estimate", error(surprise[:, t - 1]), t) for t in self.positions)]
 
     def references(self) -> list[Reference]: # None where sequences have laws of their own

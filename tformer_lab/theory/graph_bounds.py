@@ -14,13 +14,14 @@ from scipy.special import logsumexp
 from torch import Tensor
 
 from ..checks import check_sizes
-from ..data.graphical import Factor, Kernels, factor_inputs, generate_states, kernel_table, log_gamma, shape_rows
+from ..data.graphical import Factor, Kernels, _checked_seed, factor_inputs, generate_states, kernel_table, log_gamma, shape_rows
 from ..data.graphs import GraphError
 from .graph_entropy import Estimate
-from .graphical import _Step, _beliefs
+from .graphical import _Pasts, _Step, _beliefs, _context_nodes
 
 # %% auto #0
-__all__ = ['renew', 'LikelihoodBounds', 'likelihood_bounds', 'EntropyBounds', 'entropy_bounds']
+__all__ = ['BOUND_STREAM', 'renew', 'LikelihoodBounds', 'likelihood_bounds', 'EntropyBounds', 'entropy_bounds', 'per_token',
+           'particle_bounds']
 
 # %% ../../nbs/theory/graph_bounds.ipynb #cb018873
 def renew(
@@ -91,11 +92,22 @@ def _anneal(kernels, hidden, x, unknown, betas, rng, backwards):
     return weight
 
 # %% ../../nbs/theory/graph_bounds.ipynb #f04244c4
+BOUND_STREAM = 0xB0A7_D5EE_B0A7_D5EE  # no seed of a training draws the same numbers
+
 class LikelihoodBounds(NamedTuple):
     "Sequences, and what brackets their likelihood"
     tokens:Tensor # [n, length]
     lower:np.ndarray # [n] nats; in expectation below ln p of the sequence
     upper:np.ndarray # [n] nats; in expectation above it
+
+def _unknown_nodes(kernels, length):
+    "Nodes that the tokens depend on, and whose kernels each sequence has for its own"
+    check_sizes(length=length)
+    graph = kernels.graph
+    if length < 2: raise ValueError("length is 1: the first token is always 0, so it should be 2 or more")
+    names = [name for name in (*graph.ancestors, graph.observed.name) if graph[name].mode == "context"]
+    if not names: raise GraphError("no node that the tokens depend on is in mode context: log_likelihood is exact")
+    return names
 
 @torch.no_grad()
 def likelihood_bounds(
@@ -107,12 +119,9 @@ def likelihood_bounds(
     seed:int=0,
 ) -> LikelihoodBounds: # Raises GraphError where no node is in mode context
     "Simulate sequences, and bracket the likelihood of each"
-    check_sizes(n=n, length=length, chains=chains, steps=steps)
-    graph, hidden = kernels.graph, kernels.graph.ancestors
-    names = [name for name in (*hidden, graph.observed.name) if graph[name].mode == "context"]
-    if length < 2: raise ValueError("length is 1: the first token is always 0, so it should be 2 or more")
-    if not names: raise GraphError("no node that the tokens depend on is in mode context: log_likelihood is exact")
-    rng = np.random.default_rng([5, seed])
+    check_sizes(n=n, chains=chains, steps=steps)
+    names, graph, hidden = _unknown_nodes(kernels, length), kernels.graph, kernels.graph.ancestors
+    rng = np.random.default_rng([BOUND_STREAM, _checked_seed(seed)])
     truth = _Unknown.draw(graph, [node.name for node in graph if node.mode == "context"], n, rng)
     x = generate_states(kernels, n, length, rng, context=truth.factors())[graph.observed.name]
     truth = _Unknown(graph, {key: g for key, g in truth.log_g.items() if key[0] in names}).repeat(chains)
@@ -136,6 +145,61 @@ def entropy_bounds(
     seed:int=0,
 ) -> EntropyBounds:
     "A bracket of the entropy per token, the first one not counted"
-    found = likelihood_bounds(kernels, n, length, chains, steps, seed)
-    estimate = lambda log_p: Estimate(float(-log_p.mean() / (length - 1)), float(log_p.std(ddof=1) / math.sqrt(n) / (length - 1)) if n > 1 else math.nan)
+    return per_token(likelihood_bounds(kernels, n, length, chains, steps, seed))
+
+def per_token(
+    found:LikelihoodBounds,
+) -> EntropyBounds:
+    "What bounds of the likelihoods of some sequences say of the entropy"
+    n, moves = len(found.tokens), found.tokens.shape[1] - 1
+    estimate = lambda log_p: Estimate(float(-log_p.mean() / moves), float(log_p.std(ddof=1) / math.sqrt(n) / moves) if n > 1 else math.nan)
     return EntropyBounds(estimate(found.upper), estimate(found.lower))
+
+# %% ../../nbs/theory/graph_bounds.ipynb #52110d62
+def _drawn(weight, count, rng):
+    "For each row of weights, places of so many draws in the flat array; [n, count]"
+    n, width = weight.shape
+    ends = np.cumsum(weight / weight.sum(1, keepdims=True), 1) + np.arange(n)[:, None]
+    places = np.searchsorted(ends.ravel(), rng.random((n, count)) + np.arange(n)[:, None], side="right")
+    return np.minimum(places, (1 + np.arange(n)[:, None]) * width - 1)
+
+def _particle_pass(kernels, x, context, count, rng, truth=None):
+    "Logarithm of the estimated likelihood of each sequence, with the true states of hidden nodes {name: [n, length]} kept, or free; [n]"
+    graph, hidden = kernels.graph, kernels.graph.ancestors
+    n, seen, order = len(x), graph.observed.name, [name for name in graph.order if name in hidden or graph[name].observed]
+    pasts, tables = _Pasts(graph, hidden, context, n), {name: kernels.tables[name].numpy() for name in order if name not in context}
+    kept, log_p = np.arange(n), np.zeros(n)
+    for t, token in enumerate(x.T[1:], 1):
+        for name in order:
+            p = pasts.probabilities(name, tables.get(name))
+            if name != seen:
+                pasts.split(name, p)
+                if truth is not None: kept = kept * p.shape[1] + truth[name][:, t]
+            else:
+                new = token[pasts.sequence]
+                pasts.weight = pasts.weight * p[np.arange(len(p)), new]
+                pasts.settle(name, pasts.row(name), new)
+        weight = pasts.weight.reshape(n, -1)
+        log_p += np.log(weight.sum(1))
+        places = _drawn(weight, count, rng)
+        if truth is not None: places[:, 0] = kept
+        pasts.take(places.ravel(), np.full(n * count, 1 / count))
+        kept = np.arange(n) * count
+    return log_p
+
+def particle_bounds(
+    kernels:Kernels, # With nodes in mode context that can be integrated over
+    n:int=64, # Sequences that are simulated
+    length:int=32, # Tokens in each
+    particles:int=128, # Pasts that are kept of each; more bring the bounds together
+    seed:int=0,
+) -> LikelihoodBounds: # Raises GraphError where no node is in mode context, or one cannot be integrated over
+    "Simulate sequences, and bracket the likelihood of each"
+    check_sizes(n=n, particles=particles)
+    _unknown_nodes(kernels, length)
+    context, rng = _context_nodes(kernels.graph, kernels.graph.ancestors), np.random.default_rng([BOUND_STREAM, _checked_seed(seed)])
+    states = {name: found.numpy() for name, found in generate_states(kernels, n, length, rng).items()}
+    x = states[kernels.graph.observed.name]
+    parts = [slice(i, i + 16) for i in range(0, n, 16)]  # more at once would need more memory, and be no faster
+    bound = lambda kept: np.concatenate([_particle_pass(kernels, x[part], context, particles, rng, {name: s[part] for name, s in states.items()} if kept else None) for part in parts])
+    return LikelihoodBounds(torch.from_numpy(x), bound(False), bound(True))

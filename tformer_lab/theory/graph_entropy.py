@@ -17,13 +17,13 @@ from scipy.optimize import brentq
 from torch import Tensor
 
 from ..checks import check_sizes
-from ..data.graphical import Kernels, draw_kernels, generate
+from ..data.graphical import Kernels, _checked_seed, draw_kernels, generate
 from ..data.graphs import Graph, GraphError
 from .graphical import _Step, _prediction, check_tokens, log_likelihood
 
 # %% auto #0
-__all__ = ['MAX_STATIONARY', 'Estimate', 'entropy_rate', 'position_entropies', 'Calibration', 'calibrate', 'stationary_law',
-           'TokenEntropies', 'token_entropies', 'CompressedSize', 'compressed_size']
+__all__ = ['ENTROPY_STREAM', 'MAX_STATIONARY', 'Estimate', 'entropy_rate', 'position_entropies', 'Calibration', 'calibrate',
+           'stationary_law', 'TokenEntropies', 'token_entropies', 'CompressedSize', 'compressed_size']
 
 # %% ../../nbs/theory/graph_entropy.ipynb #067994a3
 class Estimate(NamedTuple):
@@ -36,11 +36,13 @@ def _mean(values):
     error = values.std(0, ddof=1) / math.sqrt(len(values)) if len(values) > 1 else np.full_like(values[0], np.nan)
     return Estimate(values.mean(0)[()], error[()])
 
+ENTROPY_STREAM = 0xE27A_0B1E_E27A_0B1E  # no seed of a training draws the same numbers
+
 def _surprises(kernels, n, length, seed):
     "Minus the logarithm of each token's probability; [n, length - 1]"
     check_sizes(n=n, length=length)
     if length < 2: raise ValueError("length is 1: the first token is always 0, so it should be 2 or more")
-    x = generate(kernels, n, length, np.random.default_rng([4, seed]))
+    x = generate(kernels, n, length, np.random.default_rng([ENTROPY_STREAM, _checked_seed(seed)]))
     return -log_likelihood(kernels, x).diff(dim=1).numpy()
 
 def entropy_rate(

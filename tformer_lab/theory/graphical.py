@@ -18,7 +18,7 @@ from ..data.graphical import Kernels
 from ..data.graphs import Graph, GraphError
 
 # %% auto #0
-__all__ = ['MAX_JOINT', 'MAX_PASTS', 'check_tokens', 'log_likelihood', 'predict', 'filtered_states']
+__all__ = ['MAX_JOINT', 'MAX_PASTS', 'check_tokens', 'past_size', 'exact_work', 'log_likelihood', 'predict', 'filtered_states']
 
 # %% ../../nbs/theory/graphical.ipynb #1de99228
 def check_tokens(
@@ -207,6 +207,33 @@ def _context_steps(kernels, x, hidden, context):
         parts.append((np.stack([s[0] for s in steps], 1), np.stack([s[1] for s in steps], 1), {name: np.stack([s[2][name] for s in steps], 1) for name in hidden}))
     whole = lambda arrays: torch.from_numpy(np.concatenate(arrays)).to(x.device)
     return whole([p[0] for p in parts]), whole([p[1] for p in parts]), {name: whole([p[2][name] for p in parts]) for name in hidden}
+
+# %% ../../nbs/theory/graphical.ipynb #3eecdff0
+def past_size(
+    kernels:Kernels,
+) -> int: # Raises GraphError where a context node cannot be integrated over
+    "Numbers that describe all the next pasts of one, as the exact likelihood keeps them"
+    graph, hidden = kernels.graph, kernels.graph.ancestors
+    context = _context_nodes(graph, hidden)
+    return math.prod(graph[name].states for name in hidden) * (len(graph.order) + sum(math.prod(graph.kernel_shape(name)) for name in context))
+
+def exact_work(
+    kernels:Kernels,
+    x:Tensor|np.ndarray, # [batch, time] tokens
+) -> Tensor: # [batch] float64: 0 where no kernel is unknown, infinite where there may be too many pasts
+    "At most so many numbers are handled for the exact likelihood of each sequence, where kernels have to be integrated over"
+    x, graph, hidden = check_tokens(kernels.graph, x).cpu(), kernels.graph, kernels.graph.ancestors
+    context, joint = _context_nodes(graph, hidden), math.prod(graph[name].states for name in hidden)
+    if not context: return torch.zeros(len(x), dtype=torch.float64)
+    log_tables = lambda counts, cells: torch.lgamma(counts + cells) - torch.lgamma(counts + 1.) - math.lgamma(cells)  # ln of the ways to spread counts over cells
+    time = torch.arange(x.shape[1] - 1, dtype=torch.float64)
+    seen = torch.nn.functional.one_hot(x[:, 1:], graph.vocab_size).double().cumsum(1) if x.shape[1] > 1 else torch.zeros(len(x), 0, graph.vocab_size).double()
+    log_pasts = torch.full((len(x), len(time)), math.log(joint), dtype=torch.float64)  # after tokens 0, 1, …
+    for name in context:
+        *rows, states = graph.kernel_shape(name)
+        log_pasts += pad(log_tables(seen, math.prod(rows)).sum(-1), (1, 0))[:, :-1] if graph[name].observed else log_tables(time, math.prod(rows) * states)
+    pasts = torch.minimum(log_pasts, time * math.log(joint)).exp()
+    return torch.where((pasts * joint > MAX_PASTS * (1 + 1e-9)).any(1), torch.inf, pasts.sum(1) * past_size(kernels))
 
 # %% ../../nbs/theory/graphical.ipynb #0860e2f2
 def _work(kernels, x):

@@ -31,7 +31,7 @@ from ..spectra.history import record
 from ..spectra.matrices import weight_matrices
 from ..tasks.task import Task, task_class
 from .evolution import ALGORITHMS, Evolution
-from .optimizers import make_optimizer, rate_factor
+from .optimizers import make_optimizer, make_scheduler
 from .parameters import OWN, ParameterError, Trainer, build, check_names, did_you_mean, field_names, parameter_values, resolve, trainer_for
 from .trace import Tracer
 
@@ -278,10 +278,6 @@ class Descent:
         "Add the gradient of a loss"
         self.accelerator.backward(loss)
 
-    def set_rate(self, lr:float) -> None:
-        "Take another learning rate from now on"
-        for group in self.optimizer.param_groups: group["lr"] = lr
-
     def step(self,
         loss:Tensor, # With its graph; without one its gradient has been added
         batch:tuple, # That it is of
@@ -319,7 +315,7 @@ class Session:
         if trainer.precision == "float64": model = model.double()
         if not weight_matrices(model): raise ValueError(f"{type(model).__name__} has no 2-D weights whose spectra could be recorded")
         self.threads = trainer.threads or default_threads(model)
-        self._moved = None, None
+        self._moved, self.scheduler = (None, None), None
         self.model, self.method = self._prepare(model)
         self.bare = model  # without what `prepare` puts around it; the accelerator's unwrap_model imports torch's compiler
         torch.manual_seed(trainer.seed + self.rank)
@@ -329,7 +325,9 @@ class Session:
     def _prepare(self, model):
         name = self.trainer.optimizer
         if name not in ALGORITHMS:
-            model, optimizer = self.accelerator.prepare(model, make_optimizer(name, model.parameters(), self.trainer.lr, **({"eps": self.trainer.adam_eps} if self.trainer.adam_eps is not None else {})))
+            optimizer = make_optimizer(name, model.parameters(), self.trainer.lr, **({"eps": self.trainer.adam_eps} if self.trainer.adam_eps is not None else {}))
+            self.scheduler = make_scheduler(optimizer, self.trainer.steps, self.trainer.warmup, self.trainer.schedule)
+            model, optimizer = self.accelerator.prepare(model, optimizer)
             return model, Descent(self.accelerator, optimizer, self.trainer.clip)
         if self.processes > 1: raise ParameterError(f"optimizer = {name!r}: it trains in one process, and these are {self.processes}")
         prepared = self.accelerator.prepare(model)
@@ -368,8 +366,8 @@ class Session:
 
     def update(self, loss:Tensor) -> None:
         "One step of the method, on the batch of that loss"
-        if self.trainer.warmup or self.trainer.schedule == "cosine": self.method.set_rate(self.trainer.lr * rate_factor(self._step, self.trainer.steps, self.trainer.warmup, self.trainer.schedule))
         self.method.step(loss, self._batch)
+        if self.scheduler is not None: self.scheduler.step()
 
     def _to_device(self, batch):
         if batch is not self._moved[0]: self._moved = batch, self._move(batch)  # a training set that is one batch is moved once
@@ -413,7 +411,7 @@ class Session:
         "What a later session needs to go on, its tensors shared with this one; all processes have to ask"
         random = {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state() if self.accelerator.device.type == "cuda" else None}
         scaler = self.accelerator.scaler
-        return {"model": self.bare.state_dict(), "optimizer": self.method.state_dict(), "batches": self.batches.state(),
+        return {"model": self.bare.state_dict(), "optimizer": self.method.state_dict(), "scheduler": None if self.scheduler is None else self.scheduler.state_dict(), "batches": self.batches.state(),
                 "scaler": scaler.state_dict() if scaler is not None else None,
                 "patience": {"best": self.patience.best, "since": self.patience.since},
                 "random": gather_object([random])}
@@ -423,12 +421,26 @@ class Session:
         if len(state["random"]) != self.processes: raise ValueError(f"it was saved by {len(state['random'])} processes, and this is one of {self.processes}")
         self.bare.load_state_dict(state["model"])
         self.method.load_state_dict(state["optimizer"])
+        if self.scheduler is not None: self._restore_rate(state)
         self.batches.restore(state["batches"])
         for name, value in state.get("patience", {}).items(): setattr(self.patience, name, value)
         if self.accelerator.scaler is not None: self.accelerator.scaler.load_state_dict(state["scaler"])
         random = state["random"][self.rank]
         torch.set_rng_state(random["cpu"])
         if random["cuda"] is not None and self.accelerator.device.type == "cuda": torch.cuda.set_rng_state(random["cuda"])
+
+    def _restore_rate(self, state):
+        "The scheduler's state, or of an older run as many of its steps, on an optimizer that does nothing, and the rate that they lead to"
+        saved = state.get("scheduler")
+        if saved is None:
+            stand_in = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=self.trainer.lr)
+            scheduler = make_scheduler(stand_in, self.trainer.steps, self.trainer.warmup, self.trainer.schedule)
+            for _ in range(int(state["step"])):
+                stand_in.step()
+                scheduler.step()
+            saved = scheduler.state_dict()
+        self.scheduler.load_state_dict(saved)
+        for group, lr in zip(self.method.optimizer.param_groups, self.scheduler.get_last_lr(), strict=True): group["lr"] = lr
 
 # %% ../../nbs/training/fit.ipynb #5f321a97
 class Stopwatch:
@@ -536,8 +548,11 @@ class Loop:
             state = {"step": step, **self.session.state()}
             self._saved = time.monotonic()
             if self.writer is None: return
-            self.writer.step = step
+            self.writer.step, self.writer.speed = step, self._speed()
             self.writer.save_state(state)
+            if self.writer.speed: self.writer.say("running")
+
+    def _speed(self): return self.watch.found(getattr(self.session.task, "tokens_per_example", None))
 
     def _is_late(self, step):
         "Is it time for another state? At a checkpoint after a second, else after `save_minutes`"
@@ -550,7 +565,7 @@ class Loop:
             with self.tracer: return self._run(start)
         finally:
             self.bar.close()
-            if self.writer is not None: self.writer.speed = self.watch.found(getattr(self.session.task, "tokens_per_example", None))
+            if self.writer is not None: self.writer.speed = self._speed()
             self.log.flush(check=False)  # what was recorded before an error
 
     def _run(self, start):

@@ -5,15 +5,15 @@
 # %% ../../nbs/training/optimizers.ipynb #654af0bb
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable
 from inspect import unwrap
 
 import torch
 from torch import Tensor
+from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, LRScheduler, SequentialLR
 
 # %% auto #0
-__all__ = ['OPTIMIZERS', 'frobenius_norm', 'NormalizedGD', 'make_optimizer', 'rate_factor']
+__all__ = ['OPTIMIZERS', 'frobenius_norm', 'NormalizedGD', 'make_optimizer', 'make_scheduler']
 
 # %% ../../nbs/training/optimizers.ipynb #c3ad046d
 def frobenius_norm(
@@ -67,12 +67,14 @@ def make_optimizer(
     return OPTIMIZERS[name](params, lr=lr, **own)
 
 # %% ../../nbs/training/optimizers.ipynb #377860a4
-def rate_factor(
-    update:int, # 0 for the first
+def make_scheduler(
+    optimizer:torch.optim.Optimizer, # Whose rate is the largest one
     updates:int, # In all
-    warmup:int=0, # Of them, in which the rate grows
+    warmup:int=0, # Of them, in which the rate grows; fewer than all
     schedule:str="constant", # Or cosine
-) -> float: # In (0, 1]
-    "What the learning rate is multiplied with"
-    if update < warmup: return (update + 1) / (warmup + 1)
-    return 1. if schedule == "constant" else .5 * (1 + math.cos(math.pi * (update - warmup) / (updates - warmup)))
+) -> LRScheduler|None: # To take a step after each update; None where the rate stays
+    "What the learning rate does over time"
+    rise = [LinearLR(optimizer, 1 / (warmup + 1), total_iters=warmup)] if warmup else []
+    if schedule == "constant": return rise[0] if rise else None
+    fall = CosineAnnealingLR(optimizer, updates - warmup)
+    return SequentialLR(optimizer, [*rise, fall], [warmup]) if rise else fall
