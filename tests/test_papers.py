@@ -106,14 +106,16 @@ def test_reduced_figures_show_the_entropies(reduced):
 
 # Forecasting
 
-FORECASTING = ["size", "data", "optimizer", "loss"]
+FORECASTING = ["d_model", "data", "optimizer", "loss"]
 LOSSES = {"squared", "absolute", "Cauchy", "SGT 1.001", "SGT 5", "SGT 20", "SGT 75", "SGT 100"}
 SMALL_DATA = ["normal short", "heavy tailed short"]
-WANTED = {("main", data, "adam", loss) for data in ("normal", "heavy tailed", "influenza", *SMALL_DATA) for loss in LOSSES} | {("small", data, optimizer, loss) for data in SMALL_DATA for optimizer in ("adam", "es", "ga") for loss in LOSSES}
+NOISE = ["normal", "heavy tailed", *SMALL_DATA]
+WANTED = {(32, data, "adam", loss) for data in (*NOISE, "influenza") for loss in LOSSES} | {(16, data, optimizer, loss) for data in SMALL_DATA for optimizer in ("adam", "es", "ga") for loss in LOSSES}
+REDUCED = {one for one in ((width // 2, *rest) for width, *rest in WANTED) if one[-1] == "squared" or one[-1] == "SGT 1.001" and one[-2] == "adam"}
 PLACES = {(where, matrix) for where in ("encoder", "decoder", "cross") for matrix in "QKVO"} | {(where, f"feed-forward {way}") for where in ("encoder", "decoder") for way in ("up", "down")}
 
 
-def forecasting_tables(folder): return {name: pd.read_csv(folder / f"forecasting_{name}.csv", comment="#") for name in ("errors", "spectra", "curves", "effects")}
+def forecasting_tables(folder): return {name: pd.read_csv(folder / f"forecasting_{name}.csv", comment="#") for name in ("errors", "one_step", "spectra", "curves", "effects")}
 
 
 def of_settings(table, columns): return set(table[columns].itertuples(index=False, name=None))
@@ -131,21 +133,22 @@ def test_the_sweeps_of_the_forecasting_paper_hold_what_can_be_run(file, count, s
     assert len(settings) == count and {one[3:] for one in settings} == {("mse", None, None), ("mae", None, None), ("cauchy", None, None), ("sgt", 1.001, 15), *(("sgt", q, .707) for q in (5, 20, 75, 100))}
 
 
-def complete(tables, seeds):
+def complete(tables, wanted, seeds):
     """Every setting in every table, every place, and every seed."""
-    assert of_settings(tables["errors"], FORECASTING) == WANTED and set(tables["errors"]["n"]) == {seeds}
-    assert of_settings(tables["spectra"], FORECASTING) == WANTED and set(tables["spectra"]["n"]) <= {seeds} and of_settings(tables["spectra"], ["where", "matrix"]) == PLACES
-    assert of_settings(tables["curves"], ["data", "loss"]) == {(data, loss) for size, data, _, loss in WANTED if size == "main"}
+    assert of_settings(tables["errors"], FORECASTING) == wanted and set(tables["errors"]["n"]) == {seeds}
+    assert of_settings(tables["spectra"], FORECASTING) == wanted and set(tables["spectra"]["n"]) <= {seeds} and of_settings(tables["spectra"], ["where", "matrix"]) == PLACES
+    assert of_settings(tables["curves"], ["data", "loss"]) == {(data, loss) for width, data, _, loss in wanted if width == max(one[0] for one in wanted)}
     assert tables["spectra"].query("metric == 'spectral_entropy'")[["value", "change", "beyond"]].notna().all(axis=None)
+    assert tables["errors"][["valid/free_mae | a constant", "valid/free_mae | the last value"]].notna().all(axis=None)
 
 
-def test_saved_tables_of_the_forecasting_paper_are_complete(): complete(forecasting_tables(PAPERS / "results"), 3)
+def test_saved_tables_of_the_forecasting_paper_are_complete(): complete(forecasting_tables(PAPERS / "results"), WANTED, 3)
 
 
 def test_saved_effects_follow_from_the_tables():
     """Where losses differ, the table of effects says so."""
     tables = forecasting_tables(PAPERS / "results")
-    keys = ["size", "data", "optimizer", "metric", "where", "matrix"]
+    keys = ["d_model", "data", "optimizer", "metric", "where", "matrix"]
     spread = tables["spectra"].groupby(keys)["value"].agg(lambda v: v.max() - v.min())
     found = tables["effects"].set_index(keys)["spread"]
     known = found[found.notna()].index
@@ -159,16 +162,32 @@ def reduced_forecasting(tmp_path_factory): return remade("forecasting", tmp_path
 
 def test_a_reduced_forecasting_sweep_has_every_setting(reduced_forecasting):
     tables = forecasting_tables(reduced_forecasting[0])
-    complete(tables, 1)
+    complete(tables, REDUCED, 1)
     assert tables["effects"]["p"].isna().all()  # one seed shows no effect
 
 
+def lines_of(notebook, name):
+    """How often each figure of a notebook draws a line of that name."""
+    figures = [output.data["application/vnd.plotly.v1+json"] for cell in notebook.cells for output in cell.get("outputs", []) if "application/vnd.plotly.v1+json" in output.get("data", {})]
+    return [sum(trace.get("name") == name for trace in figure["data"]) for figure in figures]
+
+
 def test_reduced_forecasting_figures_show_bounds_where_there_are_any(reduced_forecasting):
-    figures = [output.data["application/vnd.plotly.v1+json"] for cell in reduced_forecasting[1].cells for output in cell.get("outputs", []) if "application/vnd.plotly.v1+json" in output.get("data", {})]
-    bounds = [sum(trace.get("name") == "optimum (bound)" for trace in figure["data"]) for figure in figures]
-    tables = forecasting_tables(reduced_forecasting[0])
-    known = sum(tables["errors"].query("size == 'main'").groupby("data")[column].first().notna().sum() for column in tables["errors"] if column in ("valid/free_mae | bound", "valid/free_mse | bound", "valid/free_mae | exact", "valid/free_mse | exact"))
-    assert bounds[0] == known >= 4 and not any(bounds[1:])
+    errors = forecasting_tables(reduced_forecasting[0])["errors"].groupby(["d_model", "data"]).first()
+    known = lambda width, metric: sum(int(errors.loc[width, f"{metric} | {kind}"].notna().sum()) for kind in ("bound", "exact") if f"{metric} | {kind}" in errors)
+    drawn = lines_of(reduced_forecasting[1], "optimum (bound)")
+    assert drawn[0] == known(16, "valid/free_mae") + known(16, "valid/free_mse") >= 4 and drawn[-2] == known(8, "valid/free_mae") >= 1
+    assert sum(drawn) == drawn[0] + drawn[-2]
+
+
+def test_tables_of_one_width_with_every_optimizer_are_drawn(tmp_path):
+    """As those of the published size: Adam and both kinds of evolution, all of the same width."""
+    for name, table in forecasting_tables(PAPERS / "results").items():
+        chosen = table[table["data"].isin(SMALL_DATA)] if name == "curves" else table[table["data"] == "normal short"].assign(d_model=16) if name == "one_step" else table[table["d_model"] == 16]
+        chosen.to_csv(tmp_path / f"forecasting_{name}.csv", index=False)
+    command = [sys.executable, "-m", "papermill", PAPERS / "forecasting.ipynb", tmp_path / "out.ipynb", "-p", "tables_dir", tmp_path, "-y", "sweep_files: [forecasting_published.yaml]", "--cwd", PAPERS]
+    done = subprocess.run([str(part) for part in command], cwd=TOP, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
 
 
 # Teacher and student
