@@ -7,11 +7,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
-from math import prod
 from typing import NamedTuple
 
 import numpy as np
-from numpy.polynomial import Polynomial
+from numpy.polynomial.polynomial import polyadd, polyder, polydiv, polyfromroots, polymul, polyroots, polysub, polytrim, polyval
 from scipy.special import beta, betainc
 
 # %% auto #0
@@ -35,7 +34,8 @@ _DESCENT, _NEAR = 90, 1e-5  # steps from far above the real line to this distanc
 
 def _slope(law, g):
     p, q = law._parts
-    return (p.deriv()(g) * q(g) - p(g) * q.deriv()(g)) / q(g)**2 - 1 / g**2
+    value, slope = polyval(g, p), polyval(g, polyder(p))
+    return slope / polyval(g, q) - value * polyval(g, polyder(q)) / polyval(g, q)**2 - 1 / g**2
 
 def _descended(law, x):
     "The transform a little above the real line"
@@ -47,12 +47,20 @@ def _descended(law, x):
             g = np.where(g.imag > 0, g.conj(), g)
     return g
 
-def _equation(law, x):
-    "[n, degree + 1] the polynomial in 1 / g, the highest power first"
+@lru_cache(8)
+def _coefficients(law):
+    "Of the polynomial in 1 / g, the highest power first: what x multiplies, and the rest"
     p, q = law._parts
-    n = max(len(p.coef), len(q.coef)) + 1
-    padded = lambda c: np.pad(c, (0, n - len(c)))
-    return np.multiply.outer(x, padded(np.r_[0, q.coef])) - padded(q.coef) - padded(np.r_[0, p.coef])
+    linear, rest = np.zeros((2, max(len(p), len(q)) + 1))
+    linear[1:len(q) + 1] = q
+    rest[:len(q)] -= q
+    rest[1:len(p) + 1] -= p
+    return linear, rest
+
+def _equation(law, x):
+    "[n, degree + 1] the polynomial in 1 / g"
+    linear, rest = _coefficients(law)
+    return np.multiply.outer(x, linear) + rest
 
 def _transform(law, x):
     "[n] on the real line, not where it is infinite"
@@ -79,7 +87,8 @@ def _everywhere(law, x):
 def _still(law):
     "All z(g) at which it stands still, complex"
     p, q = law._parts
-    g = (Polynomial([0, 0, 1]) * (p.deriv() * q - p * q.deriv()) - q * q).roots().astype(complex)
+    turned = polysub(polymul(polyder(p), q), polymul(p, polyder(q)))
+    g = polyroots(polysub(np.r_[0, 0, turned], polymul(q, q))).astype(complex)
     return law.inverse(np.where(np.abs(g.imag) < 1e-7 * np.abs(g), g.real + 0j, g)[g != 0])
 
 class _Infinite(NamedTuple):
@@ -91,7 +100,7 @@ class _Infinite(NamedTuple):
 @lru_cache(8)
 def _infinite(law):
     "None where R grows with g"
-    p, q = (part.coef for part in law._parts)
+    p, q = law._parts
     if len(p) > len(q): return None
     place = np.pad(p, (0, len(q) - len(p)))[-1] / q[-1]
     gone = np.abs(_equation(law, place)) <= 1e-12 * (_equation(law, 0.)**2 + (place * _equation(law, 1.))**2)**.5
@@ -176,14 +185,14 @@ class FreeLaw:
         if self.variance <= 0: raise ValueError(f"the law has variance {self.variance:.4g}: it has to be above 0")
 
     @cached_property
-    def _parts(self): return Polynomial(self.p).trim(), Polynomial(self.q).trim()
+    def _parts(self): return polytrim(self.p), polytrim(self.q)
 
     def __add__(self, other:FreeLaw) -> FreeLaw:
         "Free convolution: the law of the sum, where eigenvectors lie at random to each other"
         (p, q), (r, s) = self._parts, other._parts
-        common = prod((Polynomial([-root, 1]) for root in s.roots() if np.isclose(root, q.roots(), rtol=1e-9, atol=0).any()), start=Polynomial([1.]))
-        other, own = (Polynomial((part // common).coef.real) for part in (s, q))  # no factor twice: a pole of both is a simple one
-        return FreeLaw(*(tuple(part.trim().coef) for part in (p * other + r * own, q * other)))
+        common = [root for root in polyroots(s) if np.isclose(root, polyroots(q), rtol=1e-9, atol=0).any()]
+        other, own = (polydiv(part, polyfromroots(common))[0].real for part in (s, q))  # no factor twice: a pole of both is a simple one
+        return FreeLaw(*(tuple(polytrim(part)) for part in (polyadd(polymul(p, other), polymul(r, own)), polymul(q, other))))
 
     def __mul__(self, a:float) -> FreeLaw:
         "The law of a times the matrix"
@@ -197,7 +206,7 @@ class FreeLaw:
     @property
     def variance(self) -> float: return ((self.p[1] if len(self.p) > 1 else 0.) - self.mean * (self.q[1] if len(self.q) > 1 else 0.)) / self.q[0]
 
-    def inverse(self, g:np.ndarray) -> np.ndarray: return self._parts[0](g) / self._parts[1](g) + 1 / g
+    def inverse(self, g:np.ndarray) -> np.ndarray: return polyval(g, self._parts[0]) / polyval(g, self._parts[1]) + 1 / g
 
     def stieltjes(self, x:np.ndarray|float) -> np.ndarray: # [...] complex: Hilbert transform - iπ density
         "The transform on the real line, from above"

@@ -5,7 +5,6 @@
 # %% ../../nbs/theory/teacher_student.ipynb #79576168
 from __future__ import annotations
 
-from functools import cache
 from numbers import Real
 from typing import NamedTuple
 
@@ -86,18 +85,34 @@ def _freedom(rho_star):
 
 _NODES = 100
 
-def _bayes(alpha, law, noises, freedom):
-    "The error at one sample ratio, for a law of variance 1"
+def _ratio(s, error, noises):
+    "The sample ratio at which an error leaves noise s on the weights"
+    parts = error + noises
+    return 1 / (2 * s * (1 / parts).sum()) if parts.all() else 0.
+
+def _bayes(alpha, law, noises, freedom, known):
+    "The error at one sample ratio, for a law of variance 1; known: s to the sample ratio and the error, grows"
     if alpha == 0: return 1.
-    F = cache(lambda s: denoising_error(law, s, _NODES))
-    def ratio(s, error):
-        "The sample ratio at which an error leaves noise s on the weights"
-        parts = error + noises
-        return 1 / (2 * s * (1 / parts).sum()) if parts.all() else 0.
-    least, high = ratio(1., 0.) / alpha, ratio(1., 1.) / alpha  # what errors of 0 and 1 would give
-    low = max(least, 1e-7 * high)
-    if ratio(low, F(low)) <= alpha: return freedom * brentq(lambda s: ratio(s, freedom * s) - alpha, least, low * (1 + 1e-6), xtol=1e-12 * low, rtol=1e-9)  # so far down F(s) / s is at its limit
-    return F(brentq(lambda s: ratio(s, F(s)) - alpha, low, high * (1 + 1e-9), xtol=1e-12 * high, rtol=1e-9))
+    def ratio(s):
+        if s not in known:
+            error = denoising_error(law, s, _NODES)
+            known[s] = _ratio(s, error, noises), error
+        return known[s][0]
+    least, high = _ratio(1., 0., noises) / alpha, _ratio(1., 1., noises) / alpha  # what errors of 0 and 1 would give
+    low = max(least, 1e-7 * high, *(s for s in known if ratio(s) > alpha))
+    if ratio(low) <= alpha: return freedom * brentq(lambda s: _ratio(s, freedom * s, noises) - alpha, least, low * (1 + 1e-6), xtol=1e-12 * low, rtol=1e-9)  # so far down F(s) / s is at its limit
+    high = min((s for s in known if ratio(s) <= alpha), default=high * (1 + 1e-9))
+    s = brentq(lambda s: ratio(s) - alpha, low, high, xtol=1e-12 * high, rtol=1e-9)
+    ratio(s)
+    return known[s][1]
+
+def _halving(n):
+    "All places of n: the middle first, then those of the halves"
+    parts = [(0, n)]
+    for start, end in parts:
+        if start < end:
+            yield (middle := (start + end) // 2)
+            parts += [(start, middle), (middle + 1, end)]
 
 def bayes_optimal_smse(
     alpha:float|np.ndarray, # Samples over D squared, 0 or more
@@ -111,8 +126,11 @@ def bayes_optimal_smse(
     ratios = _checked(alpha, rho_star, delta_in, L)
     law = semicircle_law(1.) if np.isinf(rho_star) else wishart_law(rho_star)
     noises, threshold = measurement_noise(delta_in, L, output, noise), recovery_threshold(rho_star, L, output)
-    found = [0. if delta_in == 0 and ratio >= threshold else _bayes(ratio, law, noises, _freedom(rho_star)) for ratio in ratios.ravel()]
-    return np.reshape(found, ratios.shape)[()]
+    each, places = np.unique(ratios, return_inverse=True)
+    found, known = np.zeros(len(each)), {}
+    for i in _halving(len(each)):
+        if delta_in > 0 or each[i] < threshold: found[i] = _bayes(each[i], law, noises, _freedom(rho_star), known)
+    return found[places].reshape(ratios.shape)[()]
 
 # %% ../../nbs/theory/teacher_student.ipynb #8e2e9afb
 class UntiedBounds(NamedTuple):
