@@ -78,7 +78,7 @@ def _descended(t, center, label, V, beta, enough=1e-6):
         step, fall = _newton_step(p, at - center, label, V, beta)
         moved, before, p = _searched(at, step, fall, before, center, label, V, beta)
         t[:, moving], value[moving] = moved, before
-        on = np.abs(step).max(0) > enough * (1 + np.abs(at).max(0))
+        on = np.maximum(*np.abs(step)) > enough * (1 + np.maximum(*np.abs(at)))  # of two rows, several times as fast as max(0)
         if not on.any(): break
         moving, at, before, p, center, label = moving[on], moved[:, on], before[on], p[:, on], center[:, on], label[:, on]
     return t, value
