@@ -403,7 +403,7 @@ def test_dashboard_and_view_are_scrubbed_together_in_jupyterlab(chromium, run, f
     finally: lab.close()
 
 
-@pytest.mark.parametrize("wrong, said", [([["a"]], "should be text, several in one list, or whole numbers"), (5, r"sequences are \[\] of int64: they should be text"), (object(), "should be text")], ids=str)
+@pytest.mark.parametrize("wrong, said", [([["a"]], "should be text, several in one list, or whole numbers"), (5, r"sequences are \[\] of int64: they should be text"), (object(), "should be text")], ids=["lists", "number", "object"])
 def test_what_are_no_sequences_is_refused(run, wrong, said):
     with pytest.raises(ValueError, match=said): routing_history(run, wrong)
 
