@@ -18,7 +18,7 @@ train: $(INSTALLED)
 	$(BIN)/papermill nbs/train.ipynb out.ipynb -p lr 0.5
 
 test: $(INSTALLED)
-	$(BIN)/nbdev_test --n_workers 2 --do_print
+	OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers 2 --do_print
 	$(BIN)/python -m pytest tests -n 2 --dist loadfile
 
 lab: $(INSTALLED)
